@@ -91,7 +91,8 @@ class Attempts:
 
     Args:
         timeout: Seconds until the caller's deadline.
-        retry_seconds: Seconds from the first attempt in which UNAVAILABLE is retried; 0 for never.
+        retry_seconds: Seconds from the first failure in which UNAVAILABLE is retried; 0 for never. Not from
+            the first attempt: a call that waited long at a gateway that then dies is worth a retry too.
     """
 
     timeout: float
@@ -100,6 +101,7 @@ class Attempts:
     _pause: float = _FIRST_PAUSE_SECONDS
     count: int = 1
     _last: Unavailable | None = None
+    _failing_since: float | None = None
 
     def left(self) -> float:
         """Return the seconds left until the deadline.
@@ -122,8 +124,10 @@ class Attempts:
         self._last = error
         # Jitter: callers that lost one gateway together do not come back together.
         pause = error.retry_after_seconds or self._pause * random.uniform(0.7, 1.3)  # noqa: S311  # nosec B311
-        spent = time.monotonic() - self._start + pause
-        if spent >= self.retry_seconds or spent >= self.timeout:
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        failing = now - self._failing_since + pause
+        if failing >= self.retry_seconds or now - self._start + pause >= self.timeout:
             raise error
         self._pause = min(self._pause * 2, _LONGEST_PAUSE_SECONDS)
         self.count += 1

@@ -70,8 +70,8 @@ class AsyncCore:
     Args:
         endpoint: HOST:PORT of a gateway.
         timeout: Seconds that a call may take where the caller gives no other.
-        retry_seconds: Seconds in which a call goes on trying while the gateway, or what stands behind
-            it, cannot be reached; never beyond the call's own timeout.
+        retry_seconds: Seconds in which a call goes on trying once the gateway, or what stands behind it,
+            cannot be reached; never beyond the call's own timeout.
     """
 
     def __init__(
