@@ -16,11 +16,13 @@ from penstock_kit.queue import keys
 from penstock_kit.queue.messages import Reply
 from penstock_kit.queue.waiting import (
     Deadlines,
+    Done,
     Lane,
     Outcome,
     ReplyStream,
     Waiting,
     deadline_exceeded,
+    settle,
 )
 
 # Redis refuses strings over 512 MiB (proto-max-bulk-len) by closing the connection.
@@ -83,9 +85,22 @@ class Ledger(abc.ABC):
         """Send one request that has one reply."""
         waiting = self._admit(queue, header, payload, priority)
         future: asyncio.Future[Reply] = self._loop.create_future()
-        waiting.future = future
+        waiting.done = partial(settle, future)
         self._send(waiting)
         return future
+
+    def submit_call(
+        self,
+        queue: str,
+        header: RequestHeader,
+        payload: bytes,
+        priority: int,
+        done: Done,
+    ) -> None:
+        """Send one request that has one reply, which `done` gets: a future costs more than all else here."""
+        waiting = self._admit(queue, header, payload, priority)
+        waiting.done = done
+        self._send(waiting)
 
     def submit_stream(
         self, queue: str, header: RequestHeader, payload: bytes, priority: int = keys.PRIORITY_NORMAL

@@ -5,7 +5,7 @@ keep the same contract; the contract tests run on both.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Container, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,6 +66,21 @@ class Sender(Protocol):
             ResourceExhausted: as many requests, or bytes, as allowed are unanswered already.
             DeadlineExceeded: the deadline has passed already.
             Unavailable: not started, or stopped.
+        """
+        ...
+
+    def submit_call(
+        self,
+        queue: str,
+        header: RequestHeader,
+        payload: bytes,
+        priority: int,
+        done: Callable[[Reply | BaseException], None],
+    ) -> None:
+        """Send like ``submit``, but hand the outcome to ``done``: the cheapest way to wait.
+
+        ``done`` is called once, on the loop, with the reply or with what the future would have failed with
+        (CancelledError after ``cancel``). It must not block, nor raise.
         """
         ...
 

@@ -5,6 +5,7 @@ streamed answer, ``Deadlines`` ends requests in time.
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +19,11 @@ from penstock_kit.queue.resp import bulk
 # Parts of one answer that may wait for a slow caller before its stream is given up.
 MAX_UNREAD_PARTS = 16_384
 
+log = logging.getLogger(__name__)
+
 Outcome = Reply | BaseException
+# Called once, on the loop, when a request ends; must not block.
+Done = Callable[[Outcome], None]
 
 
 class Lane:
@@ -46,8 +51,8 @@ class Waiting:
     __slots__ = (
         "answered",
         "bucket",
+        "done",
         "entry_id",
-        "future",
         "gone",
         "header",
         "id",
@@ -73,7 +78,7 @@ class Waiting:
         self.payload = payload
         self.bucket = bucket
         self.entry_id: bytes | None = None
-        self.future: asyncio.Future[Reply] | None = None
+        self.done: Done | None = None
         self.parts: ReplyStream | None = None
         self.gone = False
         self.answered = False
@@ -91,7 +96,7 @@ class Waiting:
     def moved(self, lane: Lane) -> "Waiting":
         """The same request, bound for another queue."""
         other = Waiting(self.id, lane, self.priority, self.header, self.payload, self.bucket)
-        other.future = self.future
+        other.done = self.done
         other.parts = self.parts
         return other
 
@@ -111,14 +116,24 @@ class Waiting:
         """Give the caller its answer or its error."""
         if self.parts is not None:
             self.parts.end(outcome)
-        elif self.future is not None and not self.future.done():
-            if isinstance(outcome, Reply):
-                self.future.set_result(outcome)
-            elif isinstance(outcome, asyncio.CancelledError):
-                self.future.cancel()
-            else:
-                self.future.set_exception(outcome)
-                self.future.exception()  # a caller that has left does not make it "never retrieved"
+        elif self.done is not None:
+            try:
+                self.done(outcome)
+            except Exception:  # the answers that came in the same read are others' and must go on
+                log.exception("an answer could not be handed on")
+
+
+def settle(future: asyncio.Future[Reply], outcome: Outcome) -> None:
+    """Give a future its outcome, unless it has one."""
+    if future.done():
+        return
+    if isinstance(outcome, Reply):
+        future.set_result(outcome)
+    elif isinstance(outcome, asyncio.CancelledError):
+        future.cancel()
+    else:
+        future.set_exception(outcome)
+        future.exception()  # a caller that has left does not make it "never retrieved"
 
 
 class ReplyStream:

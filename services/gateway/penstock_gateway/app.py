@@ -129,7 +129,6 @@ class Gateway:
         await self._readings.start()
         await self._metrics.start()
         self._tasks.run_forever("routes", self._watcher.run)
-        self._tasks.run_forever("sweep", self._dispatcher.sweep)
         self._tasks.run_forever("registry health", self._registry.look)
         if self._control is not None:
             await self._control.start()

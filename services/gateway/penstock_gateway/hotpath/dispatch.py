@@ -7,15 +7,14 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 from penstock.queue.v1.envelope_pb2 import PayloadFormat, RequestHeader
 from penstock_gateway.domain.routing import Table, Target, not_ready, split_name
-from penstock_gateway.hotpath.grpc_framing import Receive, hear
 from penstock_gateway.hotpath.lanes import Lane
 from penstock_gateway.hotpath.scan import Parameter
 from penstock_gateway.hotpath.spans import InferenceSpan
 from penstock_kit.errors import (
+    Code,
     InvalidArgument,
     NotFound,
     PenstockError,
@@ -26,49 +25,49 @@ from penstock_kit.errors import (
 )
 from penstock_kit.queue.messages import Reply
 from penstock_kit.queue.ports import Sender
+from penstock_kit.queue.waiting import settle
 
 PRIORITY_HIGH, PRIORITY_NORMAL, PRIORITY_LOW = 0, 1, 2
-# A caller who left is noticed within this time; below it, most calls end by themselves.
-SWEEP_SECONDS = 0.25
+_CANCELLED = int(Code.CANCELLED)
 # A full queue drains at the pace of its replicas, which a second says something about.
 _RETRY_SECONDS = 1.0
 
 
+# A reply without an error code, an error of the tree, or CancelledError.
+Outcome = Reply | BaseException
+Done = Callable[[Outcome], None]
+
+
 class Ticket:
-    """One accepted request.
+    """One accepted request, until it is answered.
 
     Attributes:
-        reply: Its answer, an error of the tree, or cancelled if the caller went away.
-        gone: Whether the caller went away.
+        header: What the replica gets beside the payload; its id names the request.
         selector: The version or alias that the caller asked for; empty if none.
         queue: Where the request waits, if there is a selector.
     """
 
-    __slots__ = (
-        "gone",
-        "header",
-        "lane",
-        "poll",
-        "queue",
-        "receive",
-        "reply",
-        "selector",
-        "span",
-        "started",
-    )
+    __slots__ = ("_dispatcher", "done", "header", "lane", "queue", "selector", "span", "started")
 
-    def __init__(
-        self, lane: Lane, header: RequestHeader, reply: asyncio.Future[Reply], started: float
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, lane: Lane, header: RequestHeader, done: Done) -> None:
+        self._dispatcher = dispatcher
         self.lane = lane
         self.header = header
-        self.reply = reply
-        self.started = started
-        self.gone = False
+        self.done = done
+        self.started = time.monotonic()
         self.selector = self.queue = ""
-        self.receive: Receive | None = None
         self.span: InferenceSpan | None = None
-        self.poll: asyncio.Future[dict[str, Any]] | None = None
+
+    def end(self, outcome: Outcome) -> None:
+        """Take the outcome from the queue, count it, and hand it on."""
+        if isinstance(outcome, Reply):
+            code = outcome.header.code
+            if code:
+                outcome = error_of(outcome)
+        else:
+            code = int(outcome.code) if isinstance(outcome, PenstockError) else _CANCELLED
+        self._dispatcher.forget(self, code)
+        self.done(outcome)
 
 
 class Dispatcher:
@@ -192,18 +191,18 @@ class Dispatcher:
             raise not_ready(route)
         return self.lanes[name], target
 
-    def submit(
+    def begin(
         self,
         name: str,
         selector: str,
         payload: bytes,
+        done: Done,
         *,
         deadline: float,
         format: PayloadFormat.ValueType,  # noqa: A002 - the proto's word
         json_length: int = 0,
         traceparent: str = "",
         priority: int = PRIORITY_NORMAL,
-        receive: Receive | None = None,
     ) -> Ticket:
         """Accept a request and queue it.
 
@@ -211,18 +210,17 @@ class Dispatcher:
             name: The model name as the caller wrote it.
             selector: The version as the caller wrote it.
             payload: Goes to the replica as it is.
+            done: Gets the outcome, once, on the loop; not called if this raises.
             deadline: Unix time in seconds.
             format: How the payload is written.
             json_length: Length of its JSON part, where binary tensors follow it.
             traceparent: W3C trace context.
             priority: Which stream of the queue.
-            receive: ASGI's, to notice that the caller goes away; the body must have been read.
-
-        The ticket must be given to `close`.
 
         Raises:
             NotFound: No such deployment, version or alias.
             ResourceExhausted: Too much is unanswered already.
+            DeadlineExceeded: The deadline has passed.
             Unavailable: Nothing would answer, or the gateway is shutting down.
         """
         lane, target = self.resolve(name, selector)
@@ -244,9 +242,8 @@ class Dispatcher:
             model_name=name,
             traceparent=traceparent,
         )
-        started = time.monotonic()
-        ticket = Ticket(lane, header, self._sender.submit(target.queue, header, payload, priority), started)
-        ticket.receive = receive
+        ticket = Ticket(self, lane, header, done)
+        self._sender.submit_call(target.queue, header, payload, priority, ticket.end)
         ticket.span = span
         if selector or "@" in name:
             ticket.selector, ticket.queue = split_name(name, selector)[1], target.queue
@@ -254,44 +251,54 @@ class Dispatcher:
         lane.in_flight += 1
         return ticket
 
-    def close(self, ticket: Ticket, code: int) -> None:
-        """Forget a request that is answered, or that nobody waits for any more."""
+    def submit(
+        self,
+        name: str,
+        selector: str,
+        payload: bytes,
+        *,
+        deadline: float,
+        format: PayloadFormat.ValueType,  # noqa: A002 - the proto's word
+        json_length: int = 0,
+        traceparent: str = "",
+        priority: int = PRIORITY_NORMAL,
+    ) -> asyncio.Future[Reply]:
+        """Accept a request like `begin`, for those who wait with `await`.
+
+        Whoever cancels the future, or the task that waits for it, takes the request off its queue.
+        """
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        ticket = self.begin(
+            name,
+            selector,
+            payload,
+            partial(settle, future),
+            deadline=deadline,
+            format=format,
+            json_length=json_length,
+            traceparent=traceparent,
+            priority=priority,
+        )
+
+        def left(ended: asyncio.Future[Reply]) -> None:
+            if ended.cancelled():
+                self.cancel(ticket)
+
+        future.add_done_callback(left)
+        return future
+
+    def forget(self, ticket: Ticket, code: int) -> None:
+        """Count the end of a request; called by its ticket."""
         lane = ticket.lane
         lane.in_flight -= 1
         lane.count(code, time.monotonic() - ticket.started)
         self._tickets.pop(ticket.header.id, None)
         if ticket.span is not None:
             ticket.span.end(code)
-        if not ticket.reply.done():
-            self._sender.cancel(ticket.header.id)
-        if ticket.poll is not None:
-            ticket.poll.cancel()
 
     def cancel(self, ticket: Ticket) -> None:
-        """Take a request off its queue because the caller went away."""
-        ticket.gone = True
+        """Take a request off its queue because the caller went away; nothing if it is answered."""
         self._sender.cancel(ticket.header.id)
-        ticket.reply.cancel()
-
-    async def sweep(self) -> None:
-        """Look for callers who went away, for ever. Asks only about calls older than a moment."""
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            old = time.monotonic() - SWEEP_SECONDS
-            for ticket in list(self._tickets.values()):
-                if ticket.started > old:
-                    break  # tickets are in the order of their age
-                if ticket.receive is None or ticket.poll is not None:
-                    continue
-                ticket.poll = asyncio.ensure_future(hear(ticket.receive))
-                ticket.poll.add_done_callback(partial(self._polled, ticket))
-
-    def _polled(self, ticket: Ticket, done: asyncio.Future[dict[str, Any]]) -> None:
-        ticket.poll = None
-        if done.cancelled():
-            return
-        if done.exception() is not None or done.result()["type"] == "http.disconnect":
-            self.cancel(ticket)
 
 
 def full(lane: Lane) -> ResourceExhausted:

@@ -10,7 +10,7 @@ import asyncio
 import time
 
 from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC
-from penstock_gateway.hotpath.dispatch import PRIORITY_NORMAL, Dispatcher, Ticket, bounds, error_of
+from penstock_gateway.hotpath.dispatch import PRIORITY_NORMAL, Dispatcher, bounds
 from penstock_gateway.hotpath.grpc_framing import (
     OK_TRAILERS,
     START,
@@ -25,9 +25,7 @@ from penstock_gateway.hotpath.grpc_framing import (
 )
 from penstock_gateway.hotpath.messages import frame, too_large
 from penstock_gateway.hotpath.scan import read_parameters, scan
-from penstock_kit.errors import Cancelled, DeadlineExceeded, Internal, PenstockError
-
-CANCELLED = int(Cancelled.code)
+from penstock_kit.errors import DeadlineExceeded, PenstockError
 
 
 class InferHandler:
@@ -46,8 +44,6 @@ class InferHandler:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one call."""
-        ticket: Ticket | None = None
-        code = 0
         encoding = ""
         try:
             headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -70,7 +66,7 @@ class InferHandler:
             priority = PRIORITY_NORMAL
             if parameters and (b"priority" in parameters or b"timeout" in parameters):
                 deadline, priority = bounds(read_parameters(parameters), deadline)
-            ticket = self._dispatcher.submit(
+            reply = await self._dispatcher.submit(
                 name,
                 version,
                 message,
@@ -78,11 +74,7 @@ class InferHandler:
                 format=PAYLOAD_FORMAT_OIP_GRPC,
                 traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
                 priority=priority,
-                receive=receive,
             )
-            reply = await ticket.reply
-            if reply.header.code:
-                raise error_of(reply)
             payload = reply.payload
             if encoding:
                 await _answer_compressed(send, payload, encoding)
@@ -97,21 +89,11 @@ class InferHandler:
             )
             await send(OK_TRAILERS)
         except PenstockError as error:
-            code = int(error.code)
             await refuse(send, error_headers(error))
-        except asyncio.CancelledError:
-            code = CANCELLED
-            if ticket is None or not ticket.gone:
-                raise
         except Exception as error:  # noqa: BLE001 - the edge: nothing unknown may leak
             if type(error).__name__ == "ClientDisconnectedError":  # Envoy's way of saying that nobody reads
-                code = CANCELLED
                 return
-            code = int(Internal.code)
             await refuse(send, error_headers(hide(error, "ModelInfer")))
-        finally:
-            if ticket is not None:
-                self._dispatcher.close(ticket, code)
 
     async def _unusual(
         self, scope: Scope, first: dict[str, object], receive: Receive, send: Send

@@ -12,12 +12,13 @@ from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC
 from penstock_gateway.api.about import EXTENSIONS, RELEASE, SERVER_NAME
 from penstock_gateway.api.grpc import views
 from penstock_gateway.api.grpc.methods import method, unsupported
-from penstock_gateway.hotpath.dispatch import PRIORITY_NORMAL, Dispatcher, Ticket, bounds, error_of
+from penstock_gateway.hotpath.dispatch import PRIORITY_NORMAL, Dispatcher, bounds
 from penstock_gateway.hotpath.grpc_framing import Call, Handler
 from penstock_gateway.hotpath.scan import encode_varint, read_parameters, scan
 from penstock_gateway.usecases.catalog import Catalog, is_ready
 from penstock_gateway.usecases.repository import Repository
-from penstock_kit.errors import Cancelled, Code, InvalidArgument, PenstockError
+from penstock_kit.errors import Cancelled, InvalidArgument, PenstockError
+from penstock_kit.queue.messages import Reply
 
 SERVICE = "inference.GRPCInferenceService"
 STREAM_FORMAT = b"x-oip-stream-format"
@@ -25,7 +26,7 @@ STREAM_FORMAT = b"x-oip-stream-format"
 STREAM_WINDOW = 256
 STREAM_AHEAD_BYTES = 4 << 20
 
-_Submitted = tuple[str, Ticket | PenstockError]
+_Submitted = tuple[str, asyncio.Future[Reply] | PenstockError]
 
 _NO_SHARED_MEMORY = "Shared memory is not offered: requests pass through a queue. Send the tensors inline."
 _NO_SETTINGS = "It is set on the server, not by clients: see PENSTOCK_LOG_LEVEL and PENSTOCK_OTLP_ENDPOINT."
@@ -155,9 +156,11 @@ class OipService:
         async def write() -> None:
             await call.open()
             while (submitted := await window.get()) is not None:
-                request_id, ticket = submitted
+                request_id, answer = submitted
                 try:
-                    payload = await self._finish(ticket)
+                    if isinstance(answer, PenstockError):
+                        raise answer
+                    payload = (await answer).payload
                     data = payload if bare else _WRAPPED + encode_varint(len(payload)) + payload
                 except PenstockError as error:
                     if bare:
@@ -179,8 +182,8 @@ class OipService:
                 task.cancel()
             await asyncio.gather(reading, writing, return_exceptions=True)
             for _, left in window.left():
-                if isinstance(left, Ticket):
-                    self._dispatcher.close(left, int(Code.CANCELLED))
+                if not isinstance(left, PenstockError):
+                    left.cancel()
 
     def _submit(self, message: bytes, call: Call) -> _Submitted:
         request_id = ""
@@ -200,22 +203,6 @@ class OipService:
             )
         except PenstockError as error:
             return request_id, error
-
-    async def _finish(self, ticket: Ticket | PenstockError) -> bytes:
-        if isinstance(ticket, PenstockError):
-            raise ticket
-        code = int(Code.CANCELLED)
-        try:
-            reply = await ticket.reply
-            code = reply.header.code
-            if code:
-                raise error_of(reply)
-            return reply.payload
-        except PenstockError as error:
-            code = int(error.code)
-            raise
-        finally:
-            self._dispatcher.close(ticket, code)
 
 
 class _Window:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from penstock.queue.v1.envelope_pb2 import (
     PAYLOAD_FORMAT_OIP_REST,
     PAYLOAD_FORMAT_PREDICT,
@@ -20,8 +18,8 @@ from penstock_gateway.api.rest.http import (
     loads,
     whole_number,
 )
-from penstock_gateway.hotpath.dispatch import Dispatcher, error_of
-from penstock_kit.errors import Cancelled, Code, InvalidArgument, PenstockError, Reason
+from penstock_gateway.hotpath.dispatch import Dispatcher
+from penstock_kit.errors import InvalidArgument, Reason
 
 HEADER_LENGTH = b"inference-header-content-length"
 FORM = "application/x-www-form-urlencoded"
@@ -100,7 +98,7 @@ class Inference:
         format: PayloadFormat.ValueType,  # noqa: A002 - the proto's word
         json_length: int = 0,
     ) -> Response:
-        ticket = self._dispatcher.submit(
+        reply = await self._dispatcher.submit(
             model,
             version,
             payload,
@@ -108,23 +106,7 @@ class Inference:
             format=format,
             json_length=json_length,
             traceparent=request.traceparent,
-            receive=request.receive,
         )
-        code = int(Code.CANCELLED)
-        try:
-            reply = await ticket.reply
-            code = reply.header.code
-            if code:
-                raise error_of(reply)
-        except PenstockError as error:
-            code = int(error.code)
-            raise
-        except asyncio.CancelledError:
-            if ticket.gone:
-                raise Cancelled from None
-            raise
-        finally:
-            self._dispatcher.close(ticket, code)
         length = reply.header.json_length
         if length:
             headers = ((b"inference-header-content-length", str(length).encode()),)
