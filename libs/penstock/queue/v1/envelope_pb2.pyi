@@ -286,3 +286,47 @@ class BatchStatistics(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BatchStatistics: _TypeAlias = BatchStatistics  # noqa: Y015
+
+@_typing.final
+class CacheStatistics(_message.Message):
+    """What one gateway process answered of one queue without its replicas, kept in Redis for statistics.
+    Durations in nanoseconds.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HIT_COUNT_FIELD_NUMBER: _builtins.int
+    HIT_NS_FIELD_NUMBER: _builtins.int
+    MISS_COUNT_FIELD_NUMBER: _builtins.int
+    MISS_NS_FIELD_NUMBER: _builtins.int
+    LAST_HIT_MS_FIELD_NUMBER: _builtins.int
+    UPDATE_UNIX_MILLIS_FIELD_NUMBER: _builtins.int
+    hit_count: _builtins.int
+    """Requests answered with a kept answer, or with that of an equal request."""
+    hit_ns: _builtins.int
+    """Looking up kept answers that were found."""
+    miss_count: _builtins.int
+    """Requests that had to be computed although the cache was asked."""
+    miss_ns: _builtins.int
+    """Looking up what was not there, and keeping its answer."""
+    last_hit_ms: _builtins.int
+    """Unix time in milliseconds of the last hit."""
+    update_unix_millis: _builtins.int
+    """Unix time in milliseconds when this was written; counters of a gateway that writes no more are past."""
+    def __init__(
+        self,
+        *,
+        hit_count: _builtins.int = ...,
+        hit_ns: _builtins.int = ...,
+        miss_count: _builtins.int = ...,
+        miss_ns: _builtins.int = ...,
+        last_hit_ms: _builtins.int = ...,
+        update_unix_millis: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hit_count", b"hit_count", "hit_ns", b"hit_ns", "last_hit_ms", b"last_hit_ms", "miss_count", b"miss_count", "miss_ns", b"miss_ns", "update_unix_millis", b"update_unix_millis"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheStatistics: _TypeAlias = CacheStatistics  # noqa: Y015

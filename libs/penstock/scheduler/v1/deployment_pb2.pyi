@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -103,6 +104,7 @@ class Deployment(_message.Message):
     UPDATED_BY_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_DEPTH_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Required. deployments/{deployment}; callers use {deployment} as the model name."""
     replicas: _builtins.int
@@ -149,6 +151,10 @@ class Deployment(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. When it last changed."""
 
+    @_builtins.property
+    def cache(self) -> Global___ResponseCache:
+        """Optional. Whether gateways answer equal requests without computing each; left out, they compute each."""
+
     def __init__(
         self,
         *,
@@ -168,14 +174,54 @@ class Deployment(_message.Message):
         updated_by: _builtins.str = ...,
         etag: _builtins.str = ...,
         max_queue_depth: _builtins.int = ...,
+        cache: Global___ResponseCache | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "create_time", b"create_time", "resources", b"resources", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "cache", b"cache", "create_time", b"create_time", "resources", b"resources", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "create_time", b"create_time", "etag", b"etag", "labels", b"labels", "max_queue_depth", b"max_queue_depth", "message", b"message", "name", b"name", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "serving", b"serving", "state", b"state", "targets", b"targets", "update_time", b"update_time", "updated_by", b"updated_by"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "cache", b"cache", "create_time", b"create_time", "etag", b"etag", "labels", b"labels", "max_queue_depth", b"max_queue_depth", "message", b"message", "name", b"name", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "serving", b"serving", "state", b"state", "targets", b"targets", "update_time", b"update_time", "updated_by", b"updated_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Deployment: _TypeAlias = Deployment  # noqa: Y015
+
+@_typing.final
+class ResponseCache(_message.Message):
+    """How gateways treat requests that ask one version for the same. Only for models whose answer depends on their
+    input alone: a model that draws lots, counts or looks at the clock answers differently each time, and a caller
+    would not see that.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENABLED_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_FIELD_NUMBER: _builtins.int
+    COALESCE_FIELD_NUMBER: _builtins.int
+    enabled: _builtins.bool
+    """Optional. Keep successful answers, and give them to equal requests."""
+    max_bytes: _builtins.int
+    """Optional. Bytes of answers that one gateway process keeps of the deployment at most; 0 means 64 MiB."""
+    coalesce: _builtins.bool
+    """Optional. A request waits for the answer to an equal one that is being computed."""
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """Optional. How long an answer is kept; left out or 0 means 60 s."""
+
+    def __init__(
+        self,
+        *,
+        enabled: _builtins.bool = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        max_bytes: _builtins.int = ...,
+        coalesce: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coalesce", b"coalesce", "enabled", b"enabled", "max_bytes", b"max_bytes", "ttl", b"ttl"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResponseCache: _TypeAlias = ResponseCache  # noqa: Y015
 
 @_typing.final
 class Target(_message.Message):

@@ -78,6 +78,7 @@ class Route(_message.Message):
     MAX_QUEUE_DEPTH_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     """Required. The name callers use."""
     max_queue_depth: _builtins.int
@@ -92,6 +93,10 @@ class Route(_message.Message):
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteTarget]:
         """Required. Versions that can be reached; those with weight 0 only by number or alias."""
 
+    @_builtins.property
+    def cache(self) -> _deployment_pb2.ResponseCache:
+        """Optional. Whether equal requests are answered without computing each; left out, each is computed."""
+
     def __init__(
         self,
         *,
@@ -100,10 +105,11 @@ class Route(_message.Message):
         max_queue_depth: _builtins.int = ...,
         message: _builtins.str = ...,
         state: _deployment_pb2.DeploymentState.ValueType = ...,
+        cache: _deployment_pb2.ResponseCache | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "max_queue_depth", b"max_queue_depth", "message", b"message", "state", b"state", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "deployment", b"deployment", "max_queue_depth", b"max_queue_depth", "message", b"message", "state", b"state", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

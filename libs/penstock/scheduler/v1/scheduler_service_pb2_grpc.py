@@ -126,7 +126,7 @@ class SchedulerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateDeployment(self, request, context):
-        """Changes targets, replicas, resources, batching or labels. The earlier targets answer until the new ones do.
+        """Changes targets, replicas, resources, batching, labels or the cache. The earlier targets answer until the new ones do.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

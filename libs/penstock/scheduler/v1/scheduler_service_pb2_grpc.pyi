@@ -43,7 +43,7 @@ class SchedulerServiceStub:
     ListDeployments: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListDeploymentsRequest, _scheduler_service_pb2.ListDeploymentsResponse]
     """Lists deployments, a page at a time."""
     UpdateDeployment: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.UpdateDeploymentRequest, _deployment_pb2.Deployment]
-    """Changes targets, replicas, resources, batching or labels. The earlier targets answer until the new ones do."""
+    """Changes targets, replicas, resources, batching, labels or the cache. The earlier targets answer until the new ones do."""
     RollbackDeployment: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.RollbackDeploymentRequest, _deployment_pb2.Deployment]
     """Goes back to what was asked for at an earlier revision."""
     DeleteDeployment: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.DeleteDeploymentRequest, _empty_pb2.Empty]
@@ -73,7 +73,7 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     ListDeployments: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListDeploymentsRequest, _scheduler_service_pb2.ListDeploymentsResponse]  # type: ignore[assignment]
     """Lists deployments, a page at a time."""
     UpdateDeployment: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.UpdateDeploymentRequest, _deployment_pb2.Deployment]  # type: ignore[assignment]
-    """Changes targets, replicas, resources, batching or labels. The earlier targets answer until the new ones do."""
+    """Changes targets, replicas, resources, batching, labels or the cache. The earlier targets answer until the new ones do."""
     RollbackDeployment: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.RollbackDeploymentRequest, _deployment_pb2.Deployment]  # type: ignore[assignment]
     """Goes back to what was asked for at an earlier revision."""
     DeleteDeployment: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.DeleteDeploymentRequest, _empty_pb2.Empty]  # type: ignore[assignment]
@@ -124,7 +124,7 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _scheduler_service_pb2.UpdateDeploymentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_deployment_pb2.Deployment, _abc.Awaitable[_deployment_pb2.Deployment]]:
-        """Changes targets, replicas, resources, batching or labels. The earlier targets answer until the new ones do."""
+        """Changes targets, replicas, resources, batching, labels or the cache. The earlier targets answer until the new ones do."""
 
     @_abc_1.abstractmethod
     def RollbackDeployment(
