@@ -65,6 +65,7 @@ class RequestHeader(_message.Message):
     MODEL_NAME_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     ENQUEUE_UNIX_MICROS_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
     id: _builtins.bytes
     """Unique id of the call, given by its gateway; the reply carries it."""
     gateway: _builtins.str
@@ -81,6 +82,8 @@ class RequestHeader(_message.Message):
     """W3C traceparent; empty when the call is not traced."""
     enqueue_unix_micros: _builtins.int
     """Unix time in microseconds when the gateway queued it, for queue statistics."""
+    depth: _builtins.int
+    """How many ensembles it has come through; 0 from a gateway. It bounds ensembles that call themselves."""
     def __init__(
         self,
         *,
@@ -92,10 +95,11 @@ class RequestHeader(_message.Message):
         model_name: _builtins.str = ...,
         traceparent: _builtins.str = ...,
         enqueue_unix_micros: _builtins.int = ...,
+        depth: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_unix_micros", b"deadline_unix_micros", "enqueue_unix_micros", b"enqueue_unix_micros", "format", b"format", "gateway", b"gateway", "id", b"id", "json_length", b"json_length", "model_name", b"model_name", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_unix_micros", b"deadline_unix_micros", "depth", b"depth", "enqueue_unix_micros", b"enqueue_unix_micros", "format", b"format", "gateway", b"gateway", "id", b"id", "json_length", b"json_length", "model_name", b"model_name", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

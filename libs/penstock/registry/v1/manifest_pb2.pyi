@@ -79,10 +79,11 @@ class Manifest(_message.Message):
     LICENSE_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    ENSEMBLE_FIELD_NUMBER: _builtins.int
     runtime: _builtins.str
-    """Required. The runtime that loads the bundle: torch, onnx, sklearn or python."""
+    """Required. The runtime that loads the bundle: torch, onnx, sklearn, python or ensemble."""
     format: _builtins.str
-    """Required. The format of the entrypoint: pt2, torchscript, onnx, skops or python."""
+    """Required. The format of the entrypoint: pt2, torchscript, onnx, skops, python or ensemble."""
     entrypoint: _builtins.str
     """Required. Path inside the bundle of the file that the runtime opens."""
     license: _builtins.str
@@ -113,6 +114,12 @@ class Manifest(_message.Message):
     def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Optional. Options of the runtime, such as {"threads": "1"}."""
 
+    @_builtins.property
+    def ensemble(self) -> Global___Ensemble:
+        """Required for the runtime ensemble, not allowed for others. Which models answer together, and what they
+        give to each other.
+        """
+
     def __init__(
         self,
         *,
@@ -127,14 +134,122 @@ class Manifest(_message.Message):
         license: _builtins.str = ...,
         description: _builtins.str = ...,
         parameters: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        ensemble: Global___Ensemble | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "lineage", b"lineage", "resources", b"resources", "signature", b"signature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "ensemble", b"ensemble", "lineage", b"lineage", "resources", b"resources", "signature", b"signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "description", b"description", "entrypoint", b"entrypoint", "format", b"format", "license", b"license", "lineage", b"lineage", "metrics", b"metrics", "parameters", b"parameters", "resources", b"resources", "runtime", b"runtime", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "description", b"description", "ensemble", b"ensemble", "entrypoint", b"entrypoint", "format", b"format", "license", b"license", "lineage", b"lineage", "metrics", b"metrics", "parameters", b"parameters", "resources", b"resources", "runtime", b"runtime", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+
+@_typing.final
+class Ensemble(_message.Message):
+    """A graph of deployed models that is served as one model. Its edges are tensors with names of their own: the
+    inputs of the signature and what steps give are produced, what steps take and the outputs of the signature
+    are consumed. Sequence, fan-out and join follow from that; a step runs as soon as all that it takes is there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnsembleStep]:
+        """Required. At most 64, in any order; no cycle."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[Global___EnsembleStep] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ensemble: _TypeAlias = Ensemble  # noqa: Y015
+
+@_typing.final
+class EnsembleStep(_message.Message):
+    """One model of an ensemble."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class InputsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class OutputsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Optional. Names the step in errors; unique. Default is the deployment."""
+    model: _builtins.str
+    """Required. Who computes it: {deployment} for what that deployment serves, by its weights;
+    {deployment}@{alias} or {deployment}:{number} for one version of it.
+    """
+    @_builtins.property
+    def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Required. The model's inputs → tensors of the ensemble. Optional inputs may be left out."""
+
+    @_builtins.property
+    def outputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Required. The model's outputs → tensors of the ensemble. Outputs that nobody needs may be left out."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        model: _builtins.str = ...,
+        inputs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        outputs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "model", b"model", "name", b"name", "outputs", b"outputs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnsembleStep: _TypeAlias = EnsembleStep  # noqa: Y015
 
 @_typing.final
 class Lineage(_message.Message):
