@@ -9,7 +9,14 @@ import pytest
 
 from penstock_kit.errors import InvalidArgument
 from penstock_scheduler.api.paging import decode_token, encode_token, page_size
-from penstock_scheduler.domain.deployment import Deployment, DeploymentState, Spec, Target
+from penstock_scheduler.domain.deployment import (
+    NO_CACHE,
+    Deployment,
+    DeploymentState,
+    ResponseCache,
+    Spec,
+    Target,
+)
 from penstock_scheduler.domain.planner import Snapshot
 from penstock_scheduler.domain.planner.snapshot import group_of
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
@@ -18,6 +25,7 @@ from penstock_scheduler.domain.routes import routes_of
 from penstock_scheduler.domain.validate import (
     TargetAsked,
     check_batching,
+    check_cache,
     check_labels,
     check_replicas,
     check_resolved,
@@ -164,3 +172,18 @@ def test_a_deployment_being_deleted_offers_nothing_but_keeps_its_queues() -> Non
     assert [(t.version.key.number, t.weight) for t in route.targets] == [(1, 0)]
     assert "being deleted" in route.message
     assert route.state is DeploymentState.DELETING
+
+
+def test_a_route_says_how_equal_requests_are_treated() -> None:
+    cache = ResponseCache(enabled=True, ttl_seconds=5.0)
+    assert [route.cache for route in routes_of(table(cache=cache))] == [cache]
+    assert [route.cache for route in routes_of(table())] == [NO_CACHE]
+
+
+def test_the_times_and_sizes_of_a_cache_have_defaults_and_bounds() -> None:
+    assert check_cache(ResponseCache(ttl_seconds=0.0, max_bytes=0)) == NO_CACHE
+    kept = ResponseCache(True, 0.5, 2048, coalesce=True)
+    assert check_cache(kept) == kept
+    for wrong in (ResponseCache(ttl_seconds=-1.0), ResponseCache(max_bytes=1), ResponseCache(max_bytes=-1)):
+        with pytest.raises(InvalidArgument, match="cache"):
+            check_cache(wrong)

@@ -7,7 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 from penstock_scheduler.adapters.rows import DeploymentRow, DeviceRow, NodeRow, ReplicaRow, RevisionRow
-from penstock_scheduler.domain.deployment import Deployment, DeploymentState, Revision, Spec, Target
+from penstock_scheduler.domain.deployment import (
+    NO_CACHE,
+    Deployment,
+    DeploymentState,
+    ResponseCache,
+    Revision,
+    Spec,
+    Target,
+)
 from penstock_scheduler.domain.node import Device, DeviceKind, Node, NodeState
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
 from penstock_scheduler.domain.resources import Batching, Resources
@@ -39,6 +47,7 @@ def deployment_values(deployment: Deployment) -> Values:
         "serving": None if deployment.serving is None else spec_to_json(deployment.serving),
         "labels": dict(deployment.labels),
         "max_queue_depth": deployment.max_queue_depth,
+        "cache": None if deployment.cache == NO_CACHE else asdict(deployment.cache),
         "state": deployment.state.name,
         "message": deployment.message,
         "revision": deployment.revision,
@@ -56,6 +65,7 @@ def deployment_from_row(row: DeploymentRow) -> Deployment:
         serving=None if row.serving is None else spec_from_json(row.serving),
         labels=tuple(sorted(row.labels.items())),
         max_queue_depth=row.max_queue_depth,
+        cache=NO_CACHE if row.cache is None else ResponseCache(**row.cache),
         state=DeploymentState[row.state],
         message=row.message,
         revision=row.revision,

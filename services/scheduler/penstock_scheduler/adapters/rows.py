@@ -63,6 +63,7 @@ class DeploymentRow(Base):
     serving: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     labels: Mapped[Json]
     max_queue_depth: Mapped[Int]
+    cache: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     state: Mapped[Str]
     message: Mapped[Str]
     revision: Mapped[Int]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from penstock.common.v1 import resources_pb2
@@ -16,7 +17,9 @@ from penstock_kit.errors import InvalidArgument
 from penstock_kit.queue.keys import queue_name
 from penstock_scheduler.domain.deployment import (
     DEFAULT_QUEUE_DEPTH,
+    NO_CACHE,
     DeploymentState,
+    ResponseCache,
     Revision,
     Target,
 )
@@ -27,6 +30,7 @@ from penstock_scheduler.domain.routes import Route, RouteTarget
 from penstock_scheduler.domain.validate import (
     TargetAsked,
     check_batching,
+    check_cache,
     check_labels,
     check_queue_depth,
     check_replicas,
@@ -75,6 +79,14 @@ def asked_from_message(message: deployment_pb2.Deployment) -> Asked:
         else None,
         labels=check_labels(dict(message.labels)),
         max_queue_depth=check_queue_depth(message.max_queue_depth, DEFAULT_QUEUE_DEPTH),
+        cache=_cache_asked(message.cache),
+    )
+
+
+def _cache_asked(message: deployment_pb2.ResponseCache) -> ResponseCache:
+    ttl = message.ttl
+    return check_cache(
+        ResponseCache(message.enabled, ttl.seconds + ttl.nanos / 1e9, message.max_bytes, message.coalesce)
     )
 
 
@@ -140,6 +152,7 @@ def deployment_to_message(view: DeploymentView) -> deployment_pb2.Deployment:
         updated_by=deployment.updated_by,
         etag=deployment.etag,
         max_queue_depth=deployment.max_queue_depth,
+        cache=_cache(deployment.cache),
     )
 
 
@@ -311,6 +324,7 @@ def routes_to_message(generation: int, routes: Iterable[Route]) -> routing_servi
                 max_queue_depth=route.max_queue_depth,
                 message=route.message,
                 state=_deployment_state(route.state),
+                cache=_cache(route.cache),
             )
             for route in routes
         ],
@@ -372,6 +386,17 @@ def _batching(batching: Batching) -> resources_pb2.Batching:
         max_batch_size=batching.max_batch_size,
         max_delay_microseconds=batching.max_delay_microseconds,
         pad_variable_dimensions=batching.pad_variable_dimensions,
+    )
+
+
+def _cache(cache: ResponseCache) -> deployment_pb2.ResponseCache | None:
+    """None where nothing was ever set, so that it is left out for callers too."""
+    if cache == NO_CACHE:
+        return None
+    ttl = Duration()
+    ttl.FromNanoseconds(round(cache.ttl_seconds * 1e9))
+    return deployment_pb2.ResponseCache(
+        enabled=cache.enabled, ttl=ttl, max_bytes=cache.max_bytes, coalesce=cache.coalesce
     )
 
 

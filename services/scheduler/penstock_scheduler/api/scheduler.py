@@ -26,7 +26,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_REQUEST_ID = 128
 _DIGITS_OF_INT32 = 10
-_CHANGEABLE = ("targets", "replicas", "resources", "batching", "labels", "max_queue_depth")
+_CHANGEABLE = ("targets", "replicas", "resources", "batching", "labels", "max_queue_depth", "cache")
+_CHANGEABLE_PARTS = tuple(f"cache.{part.name}" for part in deployment_pb2.ResponseCache.DESCRIPTOR.fields)
 
 
 class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
@@ -188,9 +189,9 @@ def _fields(request: pb.UpdateDeploymentRequest) -> frozenset[str]:
     if paths == ["*"]:
         return frozenset(_CHANGEABLE)
     for path in paths:
-        if path not in _CHANGEABLE:
+        if path not in _CHANGEABLE and path not in _CHANGEABLE_PARTS:
             raise InvalidArgument(
-                f"update_mask names {path!r}; use {', '.join(_CHANGEABLE)}.",
+                f"update_mask names {path!r}; use {', '.join(_CHANGEABLE + _CHANGEABLE_PARTS)}.",
                 metadata={"field": "update_mask"},
             )
     return frozenset(paths)

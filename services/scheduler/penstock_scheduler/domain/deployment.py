@@ -16,12 +16,16 @@ from datetime import datetime
 from enum import Enum
 
 from penstock_scheduler.domain.machine import step, walk
-from penstock_scheduler.domain.resources import NO_RESOURCES, Batching, Resources
+from penstock_scheduler.domain.resources import MIB, NO_RESOURCES, Batching, Resources
 from penstock_scheduler.domain.version import VersionKey
 
 MAX_TARGETS = 16
 MAX_REPLICAS = 1000
 DEFAULT_QUEUE_DEPTH = 4096
+# Versions do not change, so that an answer could be kept for ever: a minute is for models that are not as
+# constant as their owner believes, and costs one computation a minute.
+DEFAULT_CACHE_SECONDS = 60.0
+DEFAULT_CACHE_BYTES = 64 * MIB
 
 
 class DeploymentState(Enum):
@@ -89,6 +93,27 @@ class Spec:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseCache:
+    """How gateways treat equal requests; see scheduler/v1/deployment.proto.
+
+    Attributes:
+        enabled: whether answers are kept and given to equal requests.
+        ttl_seconds: how long an answer is kept.
+        max_bytes: bytes of answers that one gateway process keeps at most.
+        coalesce: whether a request waits for an equal one that is being computed.
+    """
+
+    enabled: bool = False
+    ttl_seconds: float = DEFAULT_CACHE_SECONDS
+    max_bytes: int = DEFAULT_CACHE_BYTES
+    coalesce: bool = False
+
+
+NO_CACHE = ResponseCache()
+"""Every request is computed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Deployment:
     """A deployment: what is asked for, what answers, and why they differ.
 
@@ -98,6 +123,7 @@ class Deployment:
         serving: what callers get; None until every target has answered once.
         labels: free key-value pairs, sorted.
         max_queue_depth: unanswered requests at one gateway at most.
+        cache: how gateways treat equal requests.
         state: where it stands.
         message: why, for people.
         revision: counts the changes of what is asked for, from 1.
@@ -114,6 +140,7 @@ class Deployment:
     serving: Spec | None = None
     labels: tuple[tuple[str, str], ...] = ()
     max_queue_depth: int = DEFAULT_QUEUE_DEPTH
+    cache: ResponseCache = NO_CACHE
     state: DeploymentState = DeploymentState.PENDING
     message: str = ""
     revision: int = 1

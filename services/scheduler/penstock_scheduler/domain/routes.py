@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from penstock_kit.queue.keys import queue_name
-from penstock_scheduler.domain.deployment import Deployment, DeploymentState
+from penstock_scheduler.domain.deployment import NO_CACHE, Deployment, DeploymentState, ResponseCache
 from penstock_scheduler.domain.planner.snapshot import Snapshot
 from penstock_scheduler.domain.replica import Replica, ReplicaState
 from penstock_scheduler.domain.resources import Batching
@@ -35,6 +35,7 @@ class Route:
     max_queue_depth: int
     state: DeploymentState
     message: str = ""
+    cache: ResponseCache = NO_CACHE
 
 
 def routes_of(snapshot: Snapshot) -> tuple[Route, ...]:
@@ -83,7 +84,9 @@ def _route(deployment: Deployment, replicas: Iterable[Replica], snapshot: Snapsh
         message = f"Deployment {deployment.name} is being deleted."
     elif not any(target.weight and target.ready_replicas for target in targets):
         message = deployment.message or "Its replicas are starting."
-    return Route(deployment.name, targets, deployment.max_queue_depth, deployment.state, message)
+    return Route(
+        deployment.name, targets, deployment.max_queue_depth, deployment.state, message, deployment.cache
+    )
 
 
 def _aliases_of(key: VersionKey, aliases: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:

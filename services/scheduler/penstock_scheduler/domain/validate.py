@@ -7,7 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from penstock_kit.errors import InvalidArgument
-from penstock_scheduler.domain.deployment import MAX_REPLICAS, MAX_TARGETS, Target
+from penstock_scheduler.domain.deployment import (
+    DEFAULT_CACHE_BYTES,
+    DEFAULT_CACHE_SECONDS,
+    MAX_REPLICAS,
+    MAX_TARGETS,
+    ResponseCache,
+    Target,
+)
 from penstock_scheduler.domain.resources import Batching, Resources
 
 ALL_TRAFFIC = 100
@@ -17,6 +24,10 @@ MAX_LABELS = 64
 MAX_LABEL_LENGTH = 256
 MAX_QUEUE_DEPTH = 1_000_000
 LARGEST_AMOUNT = 2**53
+# Below a millisecond nothing would be found again; a month is as good as for ever.
+MIN_CACHE_SECONDS, MAX_CACHE_SECONDS = 0.001, 30 * 24 * 3600.0
+# Below a kibibyte not one answer fits; no gateway has a tebibyte.
+MIN_CACHE_BYTES, MAX_CACHE_BYTES = 1024, 2**40
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +110,24 @@ def check_queue_depth(depth: int, default: int) -> int:
         InvalidArgument: negative or too deep.
     """
     return _between("max_queue_depth", depth, 0, MAX_QUEUE_DEPTH) or default
+
+
+def check_cache(cache: ResponseCache) -> ResponseCache:
+    """Returns the setting of the response cache, with the defaults for 0.
+
+    Raises:
+        InvalidArgument: a time or size is negative or absurd.
+    """
+    seconds, size = cache.ttl_seconds, cache.max_bytes
+    if seconds and not MIN_CACHE_SECONDS <= seconds <= MAX_CACHE_SECONDS:
+        raise InvalidArgument(
+            f"cache.ttl is {seconds:g} s; use {MIN_CACHE_SECONDS:g} to {MAX_CACHE_SECONDS:.0f} s (30 days), "
+            f"or 0 for {DEFAULT_CACHE_SECONDS:g} s.",
+            metadata={"field": "cache.ttl"},
+        )
+    if size:
+        _between("cache.max_bytes", size, MIN_CACHE_BYTES, MAX_CACHE_BYTES)
+    return replace(cache, ttl_seconds=seconds or DEFAULT_CACHE_SECONDS, max_bytes=size or DEFAULT_CACHE_BYTES)
 
 
 def check_resources(resources: Resources) -> Resources:

@@ -10,8 +10,10 @@ from datetime import UTC, datetime
 from penstock_kit.errors import Aborted, FailedPrecondition, NotFound, Reason
 from penstock_scheduler.domain.deployment import (
     DEFAULT_QUEUE_DEPTH,
+    NO_CACHE,
     Deployment,
     DeploymentState,
+    ResponseCache,
     Revision,
     Spec,
     Target,
@@ -39,6 +41,7 @@ class Asked:
     batching: Batching | None = None
     labels: tuple[tuple[str, str], ...] = ()
     max_queue_depth: int = DEFAULT_QUEUE_DEPTH
+    cache: ResponseCache = NO_CACHE
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class Deployments:
                     asked=spec,
                     labels=asked.labels,
                     max_queue_depth=asked.max_queue_depth,
+                    cache=asked.cache,
                     message="Replicas are starting.",
                     create_time=now,
                     update_time=now,
@@ -172,6 +176,7 @@ class Deployments:
                 max_queue_depth=(
                     asked.max_queue_depth if "max_queue_depth" in changes.fields else old.max_queue_depth
                 ),
+                cache=_changed_cache(old.cache, changes),
             )
             stored = await self._store(work, old, changed, spec, actor, "update")
             if request_id:
@@ -327,6 +332,24 @@ class Deployments:
                     reason=Reason.UNPLACEABLE,
                     metadata={"node": nearest.node, "lacks": nearest.lacks, "version": str(version.key)},
                 )
+
+
+# Parts of the cache as an update mask names them, and as the domain does.
+_CACHE_PARTS = {
+    "cache.enabled": "enabled",
+    "cache.ttl": "ttl_seconds",
+    "cache.max_bytes": "max_bytes",
+    "cache.coalesce": "coalesce",
+}
+
+
+def _changed_cache(old: ResponseCache, changes: Changes) -> ResponseCache:
+    """The setting after an update, which may name the whole of it or parts."""
+    asked = changes.asked.cache
+    if "cache" in changes.fields:
+        return asked
+    named = {own: getattr(asked, own) for part, own in _CACHE_PARTS.items() if part in changes.fields}
+    return replace(old, **named)
 
 
 def _unknown(name: str) -> NotFound:
