@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 
 from penstock._async import io
-from penstock._async.models import AsyncModels
+from penstock._async.ensembles import AsyncEnsembles
 from penstock.errors import DataLoss, PenstockError, Unavailable
 from penstock.names import alias_name, resource
 from penstock.packaging import PackageOptions, open_bundle
@@ -34,7 +34,7 @@ _FILE_TIMEOUT_SECONDS = 3600.0
 _FINALIZE_TIMEOUT_SECONDS = 600.0
 
 
-class AsyncTransfers(AsyncModels):
+class AsyncTransfers(AsyncEnsembles):
     """Bundles on their way to and from the registry."""
 
     async def push(
@@ -88,6 +88,7 @@ class AsyncTransfers(AsyncModels):
         name = resource("models", model or bundle.name)
         if alias:
             alias_name(name, alias)  # refused now, not when the version is there already
+        bundle = await self.complete_ensemble(bundle)
         hashing = Meter("hash", bundle.size_bytes, progress)
         bundle = await io.in_thread(bundle.hashed, hashing.add)
         request = registry.CreateVersionRequest(

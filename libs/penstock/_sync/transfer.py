@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 
 from penstock._sync import io
-from penstock._sync.models import Models
+from penstock._sync.ensembles import Ensembles
 from penstock.errors import DataLoss, PenstockError, Unavailable
 from penstock.names import alias_name, resource
 from penstock.packaging import PackageOptions, open_bundle
@@ -35,7 +35,7 @@ _FILE_TIMEOUT_SECONDS = 3600.0
 _FINALIZE_TIMEOUT_SECONDS = 600.0
 
 
-class Transfers(Models):
+class Transfers(Ensembles):
     """Bundles on their way to and from the registry."""
 
     def push(
@@ -89,6 +89,7 @@ class Transfers(Models):
         name = resource("models", model or bundle.name)
         if alias:
             alias_name(name, alias)  # refused now, not when the version is there already
+        bundle = self.complete_ensemble(bundle)
         hashing = Meter("hash", bundle.size_bytes, progress)
         bundle = io.in_thread(bundle.hashed, hashing.add)
         request = registry.CreateVersionRequest(

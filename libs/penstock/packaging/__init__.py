@@ -10,6 +10,7 @@ what lies there        format        signature                  module
 directory, model.py    python        manifest.yaml, constants   python_dir
 directory, MLmodel     of its file   of its file, or MLmodel    mlflow_dir
 directory, 1/model.*   of its file   config.pbtxt               triton_dir
+``ensemble.yaml``      ensemble      of its steps' models       ensemble_file
 ``*.zip *.tar.gz`` …   of what is inside                        archive
 =====================  ============  =========================  ============
 
@@ -81,8 +82,12 @@ def _bundle(path: Path, options: PackageOptions) -> Bundle:
     if missing:
         why = draft.missing or f"{path.name} does not say its signature."
         raise missing_signature(why, missing, known=signature, names=draft.input_names)
-    _settle_batching(draft, manifest, options)
-    _check(path, manifest, draft)
+    if manifest.ensemble.steps:
+        # What is still open is asked of its steps' models, once there is a connection.
+        _check_entrypoint(path, manifest, draft)
+    else:
+        _settle_batching(draft, manifest, options)
+        _check(path, manifest, draft)
     if not manifest.lineage.operation:
         manifest.lineage.operation = "push"
     return Bundle(draft.name, manifest, draft.files, tuple(draft.notes))
@@ -142,6 +147,10 @@ def _check(path: Path, manifest: manifest_pb2.Manifest, draft: Draft) -> None:
             f"{format_spec(fixed)} does not. Give --batch 0 if the model takes exactly these shapes.",
             reason=Reason.MANIFEST_MISMATCH,
         )
+    _check_entrypoint(path, manifest, draft)
+
+
+def _check_entrypoint(path: Path, manifest: manifest_pb2.Manifest, draft: Draft) -> None:
     if manifest.entrypoint not in {file.path for file in draft.files}:
         raise InvalidArgument(
             f"The entrypoint {manifest.entrypoint or '(none)'} is not among the files of {path}.",

@@ -9,6 +9,7 @@ from pathlib import Path
 from penstock.common.v1 import tensor_pb2
 from penstock.errors import InvalidArgument, Reason
 from penstock.packaging import (
+    ensemble_file,
     mlflow_dir,
     onnx_model,
     python_dir,
@@ -36,7 +37,7 @@ _BY_SUFFIX: dict[str, Inspect] = {
 _PICKLES = {".pkl", ".pickle", ".joblib", ".cloudpickle", ".dill"}
 _KNOWN = (
     ".pt2 (torch.export), .pt (TorchScript), .onnx, .skops (scikit-learn), a directory with model.py, "
-    "an MLflow or Triton model directory, or a .zip or .tar.gz of one of these"
+    "an MLflow or Triton model directory, an ensemble.yaml, or a .zip or .tar.gz of one of these"
 )
 
 
@@ -65,6 +66,8 @@ def _file(path: Path, given: tensor_pb2.Signature) -> Draft:
         if inspect is torchscript.inspect and _is_exported(path):
             inspect = torch_export.inspect
         return inspect(path, given)
+    if ensemble_file.describes_ensemble(path):
+        return ensemble_file.inspect(path, given)
     if suffix == ".safetensors":
         raise InvalidArgument(
             f"{path.name} holds weights without the model that uses them. Export the whole model with "
@@ -96,6 +99,9 @@ def _directory(path: Path, wanted: manifest_pb2.Manifest) -> Draft:
         )
     if (path / python_dir.ENTRYPOINT).is_file():
         return python_dir.inspect(path, given)
+    for name in ensemble_file.NAMES:
+        if (path / name).is_file():
+            return ensemble_file.inspect(path / name, given)
     return _only_model_in(path, wanted)
 
 

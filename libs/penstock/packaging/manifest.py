@@ -48,8 +48,17 @@ def read_manifest(path: Path) -> manifest_pb2.Manifest:
         return manifest_pb2.Manifest()
     if not isinstance(loaded, dict):
         raise _wrong(path, "it must hold fields such as runtime, signature, metrics")
+    return parse_manifest(path, loaded)
+
+
+def parse_manifest(path: Path, fields: dict[str, Any]) -> manifest_pb2.Manifest:
+    """Return the manifest of fields that were read from a file.
+
+    Raises:
+        InvalidArgument: A field says something that a manifest cannot.
+    """
     try:
-        return json_format.ParseDict(_with_prefixes(loaded), manifest_pb2.Manifest())
+        return json_format.ParseDict(_with_prefixes(fields), manifest_pb2.Manifest())
     except json_format.ParseError as error:
         raise _wrong(path, str(error)) from error
 

@@ -65,8 +65,8 @@ def push(
     """Push a model as a new version.
 
     PATH is a .pt2, .pt (TorchScript), .onnx or .skops file, a directory with model.py, an MLflow or Triton
-    model directory, or an archive of one. What the files do not say is given by options or a manifest.yaml
-    beside them.
+    model directory, an ensemble.yaml, or an archive of one. What the files do not say is given by options or
+    a manifest.yaml beside them.
     """
     name, path = _split(name_and_path, model)
     options = PackageOptions(
@@ -82,6 +82,9 @@ def push(
     )
     labels = words("--label", label)
     with open_bundle(path, options) as bundle:
+        if bundle.manifest.ensemble.steps:
+            with connect(endpoint) as client:
+                bundle = client.complete_ensemble(bundle)
         for remark in bundle.notes:
             note(f"note: {remark}")
         if dry_run:

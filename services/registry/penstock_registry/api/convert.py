@@ -8,6 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from penstock.common.v1 import resources_pb2, tensor_pb2
 from penstock.registry.v1 import manifest_pb2, model_pb2, version_pb2
+from penstock_kit.ensembles import steps_from_proto, steps_to_proto
 from penstock_kit.errors import InvalidArgument
 from penstock_kit.names import model_name, version_name
 from penstock_registry.domain.manifest import (
@@ -63,6 +64,7 @@ def manifest_from_proto(message: manifest_pb2.Manifest) -> Manifest:
         license=message.license,
         description=message.description,
         parameters=dict(message.parameters),
+        steps=steps_from_proto(message.ensemble),
     )
 
 
@@ -108,6 +110,8 @@ def manifest_to_proto(manifest: Manifest) -> manifest_pb2.Manifest:
                 parameters=manifest.lineage.parameters,
             )
         )
+    if manifest.steps:
+        message.ensemble.CopyFrom(steps_to_proto(manifest.steps))
     return message
 
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from penstock_kit.artifacts.paths import check_bundle_path
+from penstock_kit.ensembles import Step, check_graph
 from penstock_kit.errors import InvalidArgument, Reason
 from penstock_kit.names import parse_version
 
@@ -20,6 +21,7 @@ FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "onnx": ("onnx",),
         "sklearn": ("skops",),
         "python": ("python",),
+        "ensemble": ("ensemble",),
     }
 )
 DATA_TYPES = frozenset(
@@ -96,7 +98,7 @@ class Lineage:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The standard description of a version. Parts that were not given are None."""
+    """The standard description of a version. Parts that were not given are None; steps are an ensemble's."""
 
     runtime: str
     format: str
@@ -109,6 +111,7 @@ class Manifest:
     license: str = ""
     description: str = ""
     parameters: Mapping[str, str] = field(default_factory=lambda: Empty)
+    steps: tuple[Step, ...] = ()
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -142,6 +145,8 @@ class Manifest:
                 "data_digest": self.lineage.data_digest,
                 "parameters": dict(self.lineage.parameters),
             }
+        if self.steps:
+            fields["ensemble"] = {"steps": [_step_to_dict(step) for step in self.steps]}
         return fields
 
     @classmethod
@@ -166,6 +171,7 @@ class Manifest:
             license=fields["license"],
             description=fields["description"],
             parameters=dict(fields["parameters"]),
+            steps=tuple(Step(**step) for step in fields.get("ensemble", {"steps": ()})["steps"]),
         )
 
 
@@ -206,6 +212,7 @@ def check_manifest(manifest: Manifest, *, allow_python_runtime: bool) -> None:
     check_metrics(manifest.metrics)
     _check_texts("manifest.parameters", manifest.parameters)
     _check_lineage(manifest.lineage or Lineage())
+    _check_ensemble(manifest)
     check_text("manifest.license", manifest.license)
     check_text("manifest.description", manifest.description)
 
@@ -291,6 +298,26 @@ def _check_tensor(where: str, spec: TensorSpec, batching: Batching) -> None:
         )
 
 
+def _check_ensemble(manifest: Manifest) -> None:
+    if manifest.runtime != "ensemble":
+        if manifest.steps:
+            raise InvalidArgument(
+                f"manifest.ensemble is for the runtime ensemble, not for {manifest.runtime}.",
+                reason=Reason.MANIFEST_MISMATCH,
+            )
+        return
+    try:
+        check_graph(
+            manifest.steps,
+            [spec.name for spec in manifest.signature.inputs],
+            [spec.name for spec in manifest.signature.outputs],
+        )
+    except InvalidArgument as error:
+        raise InvalidArgument(
+            f"manifest.ensemble: {error.message}", reason=Reason.MANIFEST_MISMATCH, metadata=error.metadata
+        ) from error
+
+
 def _check_batching(batching: Batching) -> None:
     for name, most in _MOST_OF_BATCHING.items():
         if not 0 <= getattr(batching, name) <= most:
@@ -360,6 +387,15 @@ def _tensor_from_dict(fields: Mapping[str, Any]) -> TensorSpec:
         description=fields["description"],
         labels=tuple(fields["labels"]),
     )
+
+
+def _step_to_dict(step: Step) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "model": step.model,
+        "inputs": dict(step.inputs),
+        "outputs": dict(step.outputs),
+    }
 
 
 def _slots_to_dict(part: Batching | Resources) -> dict[str, Any]:
