@@ -1,11 +1,27 @@
-"""Options of the form KEY=VALUE."""
+"""What the texts of options mean: sizes, KEY=VALUE, shares of traffic."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from penstock.errors import InvalidArgument
+
+# Powers of ten and of two, as people write them.
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+def byte_count(option: str, text: str) -> int:
+    """Return the bytes that `64MiB`, `64MB`, `1.5GiB` or `65536` means.
+
+    Raises:
+        InvalidArgument: It is not of that form.
+    """
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) *([kmg]i?)?b?", text.strip().lower())
+    if match is None:
+        raise InvalidArgument(f"{option} {text}: write a size such as 64MiB, 500MB or 65536.")
+    return round(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def words(option: str, texts: Sequence[str] | None) -> dict[str, str]:

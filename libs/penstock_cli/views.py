@@ -87,6 +87,7 @@ def show_deployment(deployment: deployment_pb2.Deployment, replicas: Sequence[re
             ("why", deployment.message),
             ("revision", deployment.revision),
             ("replicas", f"{deployment.ready_replicas} ready, {deployment.replicas or 1} wanted per target"),
+            ("equal requests", describe_cache(deployment.cache) if deployment.HasField("cache") else ""),
             ("labels", pairs(deployment.labels)),
             ("changed", " by ".join(filter(None, (ago(deployment.update_time), deployment.updated_by)))),
         )
@@ -96,6 +97,17 @@ def show_deployment(deployment: deployment_pb2.Deployment, replicas: Sequence[re
     if replicas:
         say("")
         print_replicas(replicas, empty="")
+
+
+def describe_cache(cache: deployment_pb2.ResponseCache) -> str:
+    """Return how a deployment treats equal requests, in words."""
+    parts = []
+    if cache.enabled:
+        seconds = cache.ttl.ToNanoseconds() / 1e9
+        parts.append(f"answers kept for {seconds:g} s, at most {size(cache.max_bytes)} per gateway")
+    if cache.coalesce:
+        parts.append("those that come at once are computed once")
+    return "; ".join(parts) or "each is computed"
 
 
 def print_targets(deployment: deployment_pb2.Deployment) -> None:

@@ -214,11 +214,7 @@ class FakeMesh(RegistryServiceServicer, SchedulerServiceServicer):
         current = self._deployment(request.deployment.name)
         changed = deployment_pb2.Deployment()
         changed.CopyFrom(current)
-        for path in request.update_mask.paths:
-            changed.ClearField(path)
-        masked = deployment_pb2.Deployment()
-        request.update_mask.MergeMessage(request.deployment, masked)
-        changed.MergeFrom(masked)
+        request.update_mask.MergeMessage(request.deployment, changed, True, True)
         return self._put(changed, current.revision + 1, "update")
 
     def RollbackDeployment(self, request: Any, context: Any) -> deployment_pb2.Deployment:

@@ -25,6 +25,9 @@ from penstock.scheduler.v1 import scheduler_service_pb2 as scheduler
 from penstock.traffic import describe_state, parse_traffic
 from penstock.transport import Attempts, new_request_id, translate
 
+# google.protobuf.Duration ends at some 10,000 years.
+_MAX_DURATION_SECONDS = 3e11
+
 DeploymentCallback = Callable[[deployment_pb2.Deployment], None]
 
 
@@ -43,6 +46,10 @@ class Deployments(Transfers):
         batching: resources_pb2.Batching | None = None,
         labels: Mapping[str, str] | None = None,
         max_queue_depth: int | None = None,
+        cache: bool | None = None,
+        cache_ttl: float | None = None,
+        cache_bytes: int | None = None,
+        coalesce: bool | None = None,
         request_id: str | None = None,
     ) -> deployment_pb2.Deployment:
         """Offer versions of a model under a name, or change what is offered there; return at once.
@@ -58,6 +65,11 @@ class Deployments(Transfers):
             batching: How requests are joined, where the manifest's wish is not to be followed.
             labels: Free key-value pairs.
             max_queue_depth: Unanswered requests at one gateway at most.
+            cache: Keep answers and give them to equal requests; for models whose answer depends on their
+                input alone.
+            cache_ttl: Seconds that an answer is kept.
+            cache_bytes: Bytes of answers that one gateway process keeps at most.
+            coalesce: Let a request wait for the answer to an equal one that is being computed.
             request_id: A key (a UUID) that makes a repetition safe.
 
         Raises:
@@ -75,6 +87,7 @@ class Deployments(Transfers):
             batching=batching,
             labels=labels or {},
             max_queue_depth=max_queue_depth or 0,
+            cache=_cache(cache, cache_ttl, cache_bytes, coalesce),
         )
         given = {
             "targets": targets,
@@ -83,6 +96,10 @@ class Deployments(Transfers):
             "batching": batching,
             "labels": labels,
             "max_queue_depth": max_queue_depth,
+            "cache.enabled": cache,
+            "cache.ttl": cache_ttl,
+            "cache.max_bytes": cache_bytes,
+            "cache.coalesce": coalesce,
         }
         key = request_id or new_request_id()
         try:
@@ -113,6 +130,34 @@ class Deployments(Transfers):
         """Change the number of replicas per target."""
         wanted = deployment_pb2.Deployment(name=resource("deployments", name), replicas=replicas)
         return self._update(wanted, ["replicas"], new_request_id())
+
+    def set_cache(
+        self,
+        name: str,
+        enabled: bool | None = None,
+        *,
+        ttl: float | None = None,
+        max_bytes: int | None = None,
+        coalesce: bool | None = None,
+    ) -> deployment_pb2.Deployment:
+        """Change how equal requests to a deployment are answered; what is None stays as it is.
+
+        Args:
+            name: Name of the deployment.
+            enabled: Keep answers and give them to equal requests; for models whose answer depends on their
+                input alone.
+            ttl: Seconds that an answer is kept.
+            max_bytes: Bytes of answers that one gateway process keeps at most.
+            coalesce: Let a request wait for the answer to an equal one that is being computed.
+        """
+        given = {"enabled": enabled, "ttl": ttl, "max_bytes": max_bytes, "coalesce": coalesce}
+        paths = [f"cache.{part}" for part, value in given.items() if value is not None]
+        if not paths:
+            raise InvalidArgument("Say what of the cache to change.")
+        wanted = deployment_pb2.Deployment(
+            name=resource("deployments", name), cache=_cache(enabled, ttl, max_bytes, coalesce)
+        )
+        return self._update(wanted, paths, new_request_id())
 
     def rollback(self, name: str, revision: int = 0) -> deployment_pb2.Deployment:
         """Go back to an earlier revision; 0 is the one before the present."""
@@ -252,3 +297,18 @@ class Deployments(Transfers):
             deployment=wanted, update_mask=field_mask_pb2.FieldMask(paths=paths), request_id=request_id
         )
         return self._unary(self._scheduler.UpdateDeployment, request)
+
+
+def _cache(
+    enabled: bool | None, ttl: float | None, max_bytes: int | None, coalesce: bool | None
+) -> deployment_pb2.ResponseCache | None:
+    if enabled is None and ttl is None and max_bytes is None and coalesce is None:
+        return None
+    message = deployment_pb2.ResponseCache(
+        enabled=bool(enabled), max_bytes=max_bytes or 0, coalesce=bool(coalesce)
+    )
+    if ttl is not None:
+        if not abs(ttl) < _MAX_DURATION_SECONDS:
+            raise InvalidArgument(f"A cache cannot keep answers for {ttl:g} s.")
+        message.ttl.FromNanoseconds(round(ttl * 1e9))
+    return message

@@ -16,15 +16,22 @@ from penstock.scheduler.v1 import deployment_pb2
 from penstock.traffic import describe_state, share_text, state_name, target_text
 from penstock_cli.commands.models import Yes, confirm, report_deleted
 from penstock_cli.groups import listing_group
-from penstock_cli.options import shares, words
+from penstock_cli.options import byte_count, shares, words
 from penstock_cli.output import ago, console, print_json, print_table, say, together
 from penstock_cli.session import ENDPOINT, Endpoint, Json, Limit, connect
-from penstock_cli.views import show_deployment
+from penstock_cli.views import describe_cache, show_deployment
 
 deployments = listing_group("What is offered; without a command, lists it.", named="show")
 
 DeploymentName = Annotated[str, typer.Argument(metavar="DEPLOYMENT", help="Name of the deployment.")]
 Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until every replica is ready.")]
+Coalesce = Annotated[
+    bool | None,
+    typer.Option(
+        "--coalesce/--no-coalesce",
+        help="Let a request wait for the answer to an equal one that is being computed.",
+    ),
+]
 WaitSeconds = Annotated[
     float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="How long to wait.")
 ]
@@ -63,6 +70,21 @@ def deploy(
     max_queue_depth: Annotated[
         int | None, typer.Option(min=1, help="Unanswered requests at one gateway at most.")
     ] = None,
+    cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Keep answers and give them to equal requests; only for models whose answer depends on "
+            "their input alone.",
+        ),
+    ] = None,
+    cache_ttl: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="How long an answer is kept.")
+    ] = None,
+    cache_size: Annotated[
+        str | None, typer.Option(metavar="64MiB", help="Answers that one gateway keeps at most.")
+    ] = None,
+    coalesce: Coalesce = None,
     wait: Wait = True,
     timeout: WaitSeconds = 120.0,
     endpoint: Endpoint = ENDPOINT,
@@ -92,6 +114,10 @@ def deploy(
             batching=batching,
             labels=words("--label", label) if label else None,
             max_queue_depth=max_queue_depth,
+            cache=cache,
+            cache_ttl=cache_ttl,
+            cache_bytes=byte_count("--cache-size", cache_size) if cache_size is not None else None,
+            coalesce=coalesce,
         )
         _follow(client, deployment, wait=wait, timeout=timeout, json=json)
 
@@ -136,6 +162,36 @@ def scale(
     with connect(endpoint) as client:
         deployment = client.scale(name, replicas)
         _follow(client, deployment, wait=wait, timeout=timeout, json=json)
+
+
+def cache(
+    name: DeploymentName,
+    on: Annotated[
+        bool | None,
+        typer.Option("--on/--off", help="Keep answers and give them to equal requests, or compute each."),
+    ] = None,
+    ttl: Annotated[float | None, typer.Option(metavar="SECONDS", help="How long an answer is kept.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="64MiB", help="Answers that one gateway keeps at most.")
+    ] = None,
+    coalesce: Coalesce = None,
+    endpoint: Endpoint = ENDPOINT,
+    json: Json = False,
+) -> None:
+    """Show how equal requests are answered, or change it.
+
+    Only for models whose answer depends on their input alone.
+    """
+    max_bytes = byte_count("--size", size) if size is not None else None
+    with connect(endpoint) as client:
+        if on is None and ttl is None and max_bytes is None and coalesce is None:
+            deployment = client.get_deployment(name)
+        else:
+            deployment = client.set_cache(name, on, ttl=ttl, max_bytes=max_bytes, coalesce=coalesce)
+    if json:
+        print_json(deployment.cache)
+    else:
+        say(f"{short(deployment.name)}: {describe_cache(deployment.cache)}")
 
 
 @deployments.command("delete")

@@ -390,3 +390,19 @@ def test_a_narrow_terminal_keeps_names_and_numbers_whole(
     assert "123456" in shown
     assert "NODE" not in shown
     assert " ".join(re.findall(r"\S+", shown)).endswith("add a node.")
+
+
+def test_a_cache_is_set_shown_and_changed_in_parts(penstock: Cli, mesh: FakeMesh, folder: str) -> None:
+    penstock("push", folder)
+    assert penstock("deploy", "digits", "--no-wait").code == 0
+    assert "equal requests" not in penstock("show", "digits").out
+    assert penstock("cache", "digits").out == "digits: each is computed\n"
+    changed = penstock("cache", "digits", "--on", "--ttl", "90", "--size", "1MiB")
+    assert changed.out == "digits: answers kept for 90 s, at most 1.0 MB per gateway\n"
+    assert penstock("deploy", "digits", "--coalesce", "--no-wait").code == 0
+    assert "computed once" in penstock("deployments", "show", "digits").out
+    document = json.loads(penstock("cache", "digits", "--no-coalesce", "--json").out)
+    assert (document["enabled"], document["ttl"]) == (True, "90s")
+    wrong = penstock("deploy", "digits", "--cache-size", "lots")
+    assert wrong.code != 0
+    assert "--cache-size lots: write a size such as 64MiB" in wrong.err

@@ -159,6 +159,19 @@ class TestDeployments:
         assert list(mesh.requests["UpdateDeployment"].update_mask.paths) == ["targets"]
         assert client.get_deployment("digits").replicas == 3
 
+    def test_each_part_of_the_cache_is_set_alone(self, client: Client, mesh: FakeMesh, folder: Path) -> None:
+        client.push(folder)
+        made = client.deploy("digits", cache=True, cache_ttl=0.5, cache_bytes=4096)
+        assert (made.cache.enabled, made.cache.ttl.nanos, made.cache.max_bytes) == (True, 500_000_000, 4096)
+        client.deploy("digits", coalesce=True)
+        assert list(mesh.requests["UpdateDeployment"].update_mask.paths) == ["targets", "cache.coalesce"]
+        cache = client.set_cache("digits", False, ttl=3).cache
+        assert (cache.enabled, cache.coalesce, cache.ttl.seconds, cache.max_bytes) == (False, True, 3, 4096)
+        with pytest.raises(InvalidArgument, match="what of the cache"):
+            client.set_cache("digits")
+        with pytest.raises(InvalidArgument, match="inf s"):
+            client.set_cache("digits", ttl=float("inf"))
+
     def test_traffic_is_shared_and_rolled_back(self, client: Client, folder: Path) -> None:
         deployed(client, folder)
         client.push(folder)
