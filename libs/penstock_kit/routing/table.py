@@ -43,6 +43,23 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class CachePolicy:
+    """How equal requests to one deployment are answered.
+
+    Attributes:
+        keep: Whether answers are kept and given to equal requests.
+        ttl_seconds: How long an answer is kept.
+        max_bytes: Bytes of answers that one gateway process keeps at most.
+        coalesce: Whether a request waits for an equal one that is being computed.
+    """
+
+    keep: bool = False
+    ttl_seconds: float = 60.0
+    max_bytes: int = 64 << 20
+    coalesce: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """One deployment.
 
@@ -53,6 +70,7 @@ class Route:
         message: Why nothing would answer, if so.
         may_wait: Whether it has answered before and its replicas come back by themselves, so that a
             request may wait for them within its deadline.
+        cache: How equal requests are answered; None where each is computed.
     """
 
     deployment: str
@@ -60,6 +78,7 @@ class Route:
     max_queue_depth: int
     message: str = ""
     may_wait: bool = False
+    cache: CachePolicy | None = None
 
     @property
     def ready(self) -> bool:

@@ -12,7 +12,7 @@ from penstock.common.v1 import tensor_pb2
 from penstock.scheduler.v1 import deployment_pb2, routing_service_pb2, routing_service_pb2_grpc
 from penstock_kit.errors import PenstockError, Unavailable
 from penstock_kit.routing.model import Description, Tensor
-from penstock_kit.routing.table import Route, Table, Target
+from penstock_kit.routing.table import CachePolicy, Route, Table, Target
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,15 @@ class RouteWatcher:
             max_queue_depth=route.max_queue_depth or _DEFAULT_DEPTH,
             message=route.message,
             may_wait=may_wait,
+            cache=to_policy(route.cache),
         )
+
+
+def to_policy(cache: deployment_pb2.ResponseCache) -> CachePolicy | None:
+    """Return how equal requests are answered; None where each is computed."""
+    if not cache.enabled and not cache.coalesce:
+        return None
+    return CachePolicy(cache.enabled, cache.ttl.ToNanoseconds() / 1e9, cache.max_bytes, cache.coalesce)
 
 
 def to_target(target: routing_service_pb2.RouteTarget) -> Target:

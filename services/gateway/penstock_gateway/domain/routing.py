@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from penstock_kit.routing.table import Route, Table, Target, not_ready, split_name
+from penstock_kit.routing.table import CachePolicy, Route, Table, Target, not_ready, split_name
 
-__all__ = ["Route", "Table", "Target", "not_ready", "split_name"]
+__all__ = ["CachePolicy", "Route", "Table", "Target", "not_ready", "split_name"]
