@@ -58,7 +58,7 @@ class GrpcForm:
         raws: list[bytes | memoryview]
         try:
             if len(payload) > _LARGE:
-                rest, raws = _cut_raw(payload)
+                rest, raws = cut_raw(payload, _RAW_INPUT_TAG)
                 message = oip.ModelInferRequest.FromString(rest)
             else:
                 message = oip.ModelInferRequest.FromString(payload)
@@ -124,10 +124,10 @@ class GrpcForm:
         parts: list[bytes | memoryview] = [head]
         if request.id:
             text = request.id.encode()
-            parts += (_ID_TAG, _varint(len(text)), text)
+            parts += (_ID_TAG, varint(len(text)), text)
         for array in outputs.values():
             raw = to_raw(array)
-            parts += (_RAW_OUTPUT_TAG, _varint(len(raw)), raw)
+            parts += (_RAW_OUTPUT_TAG, varint(len(raw)), raw)
         return Encoded(b"".join(parts), 0)
 
     def _typed(self, request: InferRequest, model_name: str, outputs: Mapping[str, Array]) -> bytes:
@@ -172,8 +172,8 @@ def _from_typed(spec: TensorSpec, shape: tuple[int, ...], contents: oip.InferTen
         return np.fromiter(values, dtype=dtype, count=count).reshape(shape)
 
 
-def _cut_raw(payload: bytes) -> tuple[bytes, list[bytes | memoryview]]:
-    """Split a serialized ModelInferRequest into its raw tensors, as views, and the rest.
+def cut_raw(payload: bytes, raw_tag: int) -> tuple[bytes, list[bytes | memoryview]]:
+    """Split a serialized message into its raw tensors (fields of that tag), as views, and the rest.
 
     Raises:
         DecodeError, IndexError: The message is cut short or no protobuf message.
@@ -191,7 +191,7 @@ def _cut_raw(payload: bytes) -> tuple[bytes, list[bytes | memoryview]]:
             length, at = _read_varint(view, at)
             if at + length > end:
                 raise DecodeError("Truncated message.")
-            if tag == _RAW_INPUT_TAG:
+            if tag == raw_tag:
                 rest.append(view[kept:start])
                 raws.append(view[at : at + length])
                 kept = at + length
@@ -219,7 +219,8 @@ def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
             raise DecodeError("A number is too long.")
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """Return a number as protobuf writes lengths."""
     if value < 0x80:
         return bytes((value,))
     out = bytearray()
