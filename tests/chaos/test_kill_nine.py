@@ -1,107 +1,98 @@
 """kill -9 of anything, in turn, under load: nothing accepted is lost, nothing hangs, serving goes on.
 
-Faults, traffic (`support.load`), history (`Outcome`) and verdicts are apart. tests/chaos/README.md lists
-the bugs that these found.
+tests/chaos/README.md says how the parts of these tests hang together, and lists the bugs that they found.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import onnx
 import pytest
 
 import penstock
-from support.load import EchoLoad, Outcome
+from support.chaos.deploy import deploy_echo
+from support.chaos.faults import KillReplica, KillUnit, strike
+from support.chaos.storm import Storm
+from support.chaos.traffic import Caller, GrpcCaller, HttpCaller, SdkCaller, StreamCaller
 from support.mesh_process import Mesh
-from support.onnx_models import save_identity
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
 
-BEFORE_SECONDS = 3.0
-AFTER_SECONDS = 6.0
+CONCURRENCY = 16
 
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     folder = tmp_path_factory.mktemp("mesh")
-    with (
-        Mesh(folder / "data") as mesh,
-        penstock.Client(mesh.address) as client,
-    ):
-        path = save_identity(folder / "echo.onnx", onnx.TensorProto.FLOAT, 16)
-        client.push(path, model="echo", options=penstock.PackageOptions(max_batch_size=64))
-        client.deploy("echo")
-        client.wait_ready("echo")
+    with Mesh(folder / "data") as mesh:
+        deploy_echo(mesh, folder)
         yield mesh
 
 
-def pids_of(mesh: Mesh, name: str) -> list[int]:
-    """Return the processes of a unit: its own, and for a replica the one that its agent reports."""
-    if name == "replica":
-        with penstock.Client(mesh.address) as client:
-            return [replica.pid for replica in client.list_replicas() if replica.pid]
-    return [mesh.pid(name)]
+def of_all_kinds() -> list[Caller]:
+    """Sixteen callers in every shape."""
+    callers: list[Caller] = [GrpcCaller("echo", rows=(1, 4)) for _ in range(8)]
+    callers += [HttpCaller("echo"), HttpCaller("echo", binary=True), HttpCaller("echo", version="1")]
+    callers += [StreamCaller("echo"), StreamCaller("echo", rows=(1, 4))]
+    callers += [SdkCaller("echo") for _ in range(3)]
+    return callers
 
 
-async def load_around(mesh: Mesh, fault: Callable[[], None]) -> tuple[Outcome, float]:
-    """Load before, during and after a fault; return what happened and the moment of the fault."""
-    load = EchoLoad(mesh.address, "echo", concurrency=16, timeout=30)
-    async with load.running() as outcome:
-        await asyncio.sleep(BEFORE_SECONDS)
-        moment = time.monotonic()
-        await asyncio.to_thread(fault)
-        await asyncio.sleep(AFTER_SECONDS)
-    return outcome, moment
-
-
-def kill(mesh: Mesh, name: str) -> None:
-    pids = pids_of(mesh, name)
-    assert pids, f"no process of {name}"
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-
-
-async def test_a_killed_replica_fails_no_call_and_the_rate_is_back_within_three_seconds(
-    mesh: Mesh,
+async def test_a_killed_replica_fails_no_call_and_the_rate_is_back_within_two_seconds(
+    mesh: Mesh, storm: Storm
 ) -> None:
-    outcome, moment = await load_around(mesh, lambda: kill(mesh, "replica"))
-    back = outcome.recovered_after(moment, share=0.9)
-    print(
-        f"replica: {len(outcome.answered)} answered, {outcome.failed} failed, {outcome.hung} hung, "
-        f"rate {outcome.rate(moment - 2, moment):.0f}/s, back after {back:.1f} s"
+    report = await storm.run(
+        mesh.address,
+        [GrpcCaller("echo") for _ in range(CONCURRENCY)],
+        lambda history: strike(KillReplica(mesh, "echo"), history),
     )
-    assert (outcome.failed, outcome.hung, outcome.wrong) == (0, 0, 0), outcome.first_error
-    assert back <= 3.0
+    report.must_be_good()
+    assert report.verdict.failures() == 0
+    assert report.back_after(0.9) <= 2.0
 
 
-@pytest.mark.parametrize("name", ["scheduler", "registry", "worker-1", "postgres", "redis", "gateway-1"])
-async def test_any_killed_service_is_survived(mesh: Mesh, name: str) -> None:
-    outcome, moment = await load_around(mesh, lambda: kill(mesh, name))
-    back = outcome.recovered_after(moment, share=0.8)
-    print(
-        f"{name}: {len(outcome.answered)} answered, {outcome.failed} failed {dict(outcome.errors)}, "
-        f"{outcome.hung} hung, rate {outcome.rate(moment - 2, moment):.0f}/s, back after {back:.1f} s"
+@pytest.mark.parametrize("unit", ["scheduler", "registry", "worker-1", "postgres", "redis"])
+async def test_what_is_killed_behind_the_gateway_fails_no_call(mesh: Mesh, storm: Storm, unit: str) -> None:
+    report = await storm.run(
+        mesh.address, of_all_kinds(), lambda history: strike(KillUnit(mesh, unit), history)
     )
-    assert (outcome.hung, outcome.wrong) == (0, 0)
-    # The calls open at a gateway die with their connections, and those that dial while it is away.
-    allowed = {"UNAVAILABLE"} if name == "gateway-1" else set()
-    assert set(outcome.errors) <= allowed, outcome.first_error
-    assert back <= AFTER_SECONDS
+    report.must_be_good()
+    assert report.verdict.failures() == 0
+    assert report.back_after(0.8) <= 6.0
+
+
+async def test_a_redis_that_comes_back_empty_fails_no_caller_with_a_deadline_of_ten_seconds(
+    mesh: Mesh, storm: Storm
+) -> None:
+    callers = [GrpcCaller("echo", timeout=10.0) for _ in range(CONCURRENCY)]
+    report = await storm.run(mesh.address, callers, lambda history: strike(KillUnit(mesh, "redis"), history))
+    report.must_be_good()
+    assert report.verdict.failures() == 0
+
+
+async def test_a_killed_gateway_fails_only_the_calls_that_it_had_open(mesh: Mesh, storm: Storm) -> None:
+    report = await storm.run(
+        mesh.address, of_all_kinds(), lambda history: strike(KillUnit(mesh, "gateway-1"), history)
+    )
+    report.must_be_good()  # which explains UNAVAILABLE while it was away, and nothing else
+
+
+async def test_our_client_retries_what_a_killed_gateway_had_open(mesh: Mesh, storm: Storm) -> None:
+    report = await storm.run(
+        mesh.address,
+        [SdkCaller("echo") for _ in range(CONCURRENCY)],
+        lambda history: strike(KillUnit(mesh, "gateway-1"), history),
+    )
+    report.must_be_good()
+    assert report.verdict.failures() == 0
 
 
 async def test_nothing_is_left_over_after_the_storm(mesh: Mesh, tmp_path: Path) -> None:
     def manage() -> None:
+        deploy_echo(mesh, tmp_path, "late")
         with penstock.Client(mesh.address) as client:
-            path = save_identity(tmp_path / "late.onnx", onnx.TensorProto.FLOAT, 16)
-            client.push(path, model="late")
-            client.deploy("late")
-            client.wait_ready("late", timeout=30)
             assert len(client.list_replicas(deployment="echo")) == 1
 
     await asyncio.to_thread(manage)

@@ -28,11 +28,18 @@ class Mesh:
     """
 
     def __init__(
-        self, data_dir: Path, *, gateways: int = 1, workers: int = 1, env: dict[str, str] | None = None
+        self,
+        data_dir: Path,
+        *,
+        gateways: int = 1,
+        workers: int = 1,
+        durable: bool = False,
+        env: dict[str, str] | None = None,
     ) -> None:
         self.data_dir = data_dir
         self.output = data_dir.with_suffix(".log")
-        self._command = [sys.executable, "-m", "penstock_local", "up", "--not-durable", "--port", "0"]
+        self._command = [sys.executable, "-m", "penstock_local", "up", "--port", "0"]
+        self._command += [] if durable else ["--not-durable"]
         self._command += ["--data-dir", str(data_dir), "--ready-seconds", str(_START_SECONDS)]
         self._command += ["--gateways", str(gateways), "--workers", str(workers)]
         # The settings of who runs the tests are not the tests'.
