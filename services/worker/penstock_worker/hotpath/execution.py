@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -186,35 +186,11 @@ class Executor:
         except _RAISED_BY_MODELS as error:
             words = f"The model raised {type(error).__name__}: {error}"
             raise ModelError(words[:_MESSAGE_LENGTH], raised=True) from error
-        return {spec.name: self._check(spec, given, rows) for spec in self._outputs}
+        return {spec.name: check_output(spec, given, rows if self._batched else 0) for spec in self._outputs}
 
     def close(self) -> None:
         """Let go of the model."""
         self._servable.close()
-
-    def _check(self, spec: TensorSpec, given: Mapping[str, Any], rows: int) -> Array:
-        array = given.get(spec.name)
-        if array is None:
-            raise ModelError(
-                f"The model gave no output {spec.name}; it gave {', '.join(map(str, given)) or 'nothing'}."
-            )
-        if array.dtype != spec.dtype or array.dtype == object:
-            array = _cast(spec, array)
-        shape = array.shape
-        if len(shape) == len(spec.shape):
-            for want, size in zip(spec.shape, shape, strict=True):
-                if want != size and want >= 0:
-                    break
-            else:
-                if not self._batched or shape[0] == rows:
-                    return array
-                raise ModelError(
-                    f"The model gave {shape[0]} rows of the output {spec.name} for {rows} rows of input."
-                )
-        raise ModelError(
-            f"The model gave the output {spec.name} in the shape {list(shape)}; "
-            f"its signature says {list(spec.shape)}."
-        )
 
     def _join(self, batch: Sequence[Work]) -> dict[str, Array]:
         join = _pad if self._pad else np.concatenate
@@ -223,6 +199,41 @@ class Executor:
         except (MemoryError, ValueError) as error:
             # One long request makes all others as long: alone they may fit.
             raise ResourceExhausted("The joined requests do not fit into memory; send fewer rows.") from error
+
+
+def check_output(spec: TensorSpec, given: Mapping[str, Any], rows: int) -> Array:
+    """Return an output in the signature's datatype, of those that a model gave.
+
+    Args:
+        spec: What the signature says of it.
+        given: All that the model gave.
+        rows: How many rows it must have; 0 if its first dimension is no batch.
+
+    Raises:
+        ModelError: It is missing, or differs from the signature in more than its precision.
+    """
+    array = given.get(spec.name)
+    if array is None:
+        raise ModelError(
+            f"The model gave no output {spec.name}; it gave {', '.join(map(str, given)) or 'nothing'}."
+        )
+    if array.dtype != spec.dtype or array.dtype == object:
+        array = _cast(spec, array)
+    shape = array.shape
+    if len(shape) == len(spec.shape):
+        for want, size in zip(spec.shape, shape, strict=True):
+            if want != size and want >= 0:
+                break
+        else:
+            if not rows or shape[0] == rows:
+                return cast("Array", array)
+            raise ModelError(
+                f"The model gave {shape[0]} rows of the output {spec.name} for {rows} rows of input."
+            )
+    raise ModelError(
+        f"The model gave the output {spec.name} in the shape {list(shape)}; "
+        f"its signature says {list(spec.shape)}."
+    )
 
 
 def expired(request: Request, started_ns: int) -> Outcome:
