@@ -4,7 +4,8 @@
     messages     ``Request``, ``Reply`` and how a reply is packed
     ports        the promises of both ends, as protocols: ``Sender``, ``Reader``
     sender       ``RequestSender``, the gateway's end (asyncio); ``ledger`` and ``waiting`` are its books
-    reader       ``QueueReader``, the replica's end (threads)
+    reader       ``QueueReader``, the replica's end (threads); ``answers`` is what it writes, ``shares``
+                 how much it reads of each priority
     reclaim      what becomes of the requests of a dead replica: ``await reclaim(url, queue, consumer)``
     statistics   what operators look at: ``read_statistics``, ``read_depth``, ``dead_letters``
     connection   Redis over one asyncio socket; ``blocking`` is its synchronous sister, ``address`` reads

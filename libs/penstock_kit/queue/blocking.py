@@ -2,6 +2,9 @@
 
 import contextlib
 import socket
+import ssl
+import struct
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -22,6 +25,8 @@ READ_BYTES = 1 << 18
 JOIN_BYTES = 1 << 16
 
 _PENDING = object()
+# The kernel keeps the time limit of a call. Python's own would cost two more system calls for each.
+_KERNEL_LIMITS = sys.platform == "linux"
 
 
 class BlockingConnection:
@@ -40,10 +45,17 @@ class BlockingConnection:
         self._buffer = bytearray(READ_BYTES)
         self._next_try = 0.0
         self._closed = False
+        # Seconds that a call on the socket may take, as the kernel was told last.
+        self._limit = 0.0
         # Counts connections made: whoever remembers it notices that there was another one between.
         self.generation = 0
         # time.monotonic() of the last connection.
         self.since = 0.0
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection, as far as known."""
+        return self._socket is not None
 
     def execute(
         self, commands: Iterable[Command], timeout: float = COMMAND_SECONDS, *, again: bool = True
@@ -103,9 +115,13 @@ class BlockingConnection:
         self, connection: socket.socket, parts: Sequence[Buffer], replies: int, timeout: float
     ) -> list[Any]:
         try:
-            connection.settimeout(timeout)
+            if timeout != self._limit:
+                self._set_limit(connection, timeout)
             _send(connection, parts)
             found = self._receive(connection, replies)
+        except BlockingIOError as error:  # how the kernel says that its limit has passed
+            self._drop()
+            raise ConnectionLost(self._address, "no answer in time") from TimeoutError(str(error))
         except (OSError, hiredis.ProtocolError) as error:
             self._drop()
             raise ConnectionLost(self._address, error or "no answer in time") from error
@@ -124,7 +140,7 @@ class BlockingConnection:
             raise ConnectionLost(self._address, "waiting before the next try")
         try:
             connection = self._socket = self._open()
-            connection.settimeout(CONNECT_SECONDS)
+            self._set_limit(connection, CONNECT_SECONDS)
             commands = greeting(self._address, self._name)
             _send(connection, [encode(*command) for command in commands])
             for reply in self._receive(connection, len(commands)):
@@ -155,6 +171,17 @@ class BlockingConnection:
         if address.tls is None:
             return connection
         return address.tls.wrap_socket(connection, server_hostname=address.host)
+
+    def _set_limit(self, connection: socket.socket, seconds: float) -> None:
+        self._limit = seconds
+        if not _KERNEL_LIMITS or isinstance(connection, ssl.SSLSocket):
+            connection.settimeout(seconds)
+            return
+        connection.settimeout(None)
+        whole = int(seconds)
+        limit = struct.pack("@ll", whole, int((seconds - whole) * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def _receive(self, connection: socket.socket, count: int) -> list[Any]:
         reader, buffer = self._reader, self._buffer

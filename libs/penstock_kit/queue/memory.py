@@ -31,6 +31,7 @@ from penstock_kit.queue.messages import (
 from penstock_kit.queue.ports import Done, Reclaimed
 from penstock_kit.queue.reader import LEASE_MILLIS
 from penstock_kit.queue.reclaim import MAX_DEAD_LETTERS, Mode, poison_reply
+from penstock_kit.queue.shares import Shares
 from penstock_kit.queue.statistics import DeadLetter
 from penstock_kit.queue.waiting import Waiting
 
@@ -56,6 +57,7 @@ class _Queue:
     consumers: set[str] = field(default_factory=set)
     running: dict[str, Key] = field(default_factory=dict)
     statistics: dict[str, bytes] = field(default_factory=dict)
+    shares: dict[str, Shares] = field(default_factory=dict)
     dead: deque[DeadLetter] = field(default_factory=lambda: deque(maxlen=MAX_DEAD_LETTERS))
 
 
@@ -200,17 +202,29 @@ class MemoryBroker:
 
     def _deliver(self, queue: str, consumer: str, count: int) -> list[Request]:
         held = self._queue(queue)
+        streams = keys.streams(queue)
+        found: list[list[Request]] = [[] for _ in streams]
+        if sum([bool(held.fresh.get(stream)) for stream in streams]) > 1:
+            shares = held.shares.setdefault(consumer, Shares())
+            dealt = shares.deal(count)
+            for stream, places, requests in zip(streams, dealt, found, strict=True):
+                requests += self._pop(held, stream, consumer, places)
+            shares.found(dealt, [len(requests) for requests in found])
+        for stream, requests in zip(streams, found, strict=True):
+            requests += self._pop(held, stream, consumer, count - sum(map(len, found)))
+        return [request for requests in found for request in requests]
+
+    def _pop(self, held: _Queue, stream: bytes, consumer: str, count: int) -> list[Request]:
+        fresh = held.fresh.get(stream, deque())
         found: list[Request] = []
-        for stream in keys.streams(queue):
-            fresh = held.fresh.get(stream, deque())
-            while fresh and len(found) < count:
-                key = fresh.popleft()
-                entry = held.entries.get(key)
-                if entry is None:  # removed while it waited
-                    continue
-                held.pending[key] = consumer
-                header = RequestHeader.FromString(entry.header)
-                found.append(Request(header, entry.payload, entry.attempt, key[1], stream))
+        while fresh and len(found) < count:
+            key = fresh.popleft()
+            entry = held.entries.get(key)
+            if entry is None:  # removed while it waited
+                continue
+            held.pending[key] = consumer
+            header = RequestHeader.FromString(entry.header)
+            found.append(Request(header, entry.payload, entry.attempt, key[1], stream))
         return found
 
     def _give_back(self, queue: str, consumer: str, mode: Mode) -> Reclaimed:
@@ -327,11 +341,16 @@ class MemoryReader:
         replies: dict[str, list[tuple[ReplyHeader, Buffer]]] = {}
         for request, given, payload in done:
             entry = (request.stream, request.entry_id)
-            header = answer_header(given, request, self._parts.pop(entry, None))
+            header = answer_header(given or ReplyHeader(), request, self._parts.pop(entry, None))
             replies.setdefault(request.header.gateway, []).append((header, payload))
         for gateway, answers in replies.items():
             self._broker.push(gateway, pack_replies(answers))
         self._broker.remove(self._queue, [(request.stream, request.entry_id) for request, _, _ in done])
+
+    def exchange(self, done: Sequence[Done], max_entries: int, block_ms: int) -> list[Request]:
+        """``finish``, then ``read``."""
+        self.finish(done)
+        return self.read(max_entries, block_ms)
 
     def push_partial(self, request: Request, header: ReplyHeader, payload: Buffer) -> bool:
         """Send one part of a streamed answer; False if nobody waits for more."""

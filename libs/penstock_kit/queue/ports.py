@@ -12,7 +12,8 @@ from typing import Protocol
 from penstock.queue.v1.envelope_pb2 import ReplyHeader, RequestHeader
 from penstock_kit.queue.messages import Buffer, Reply, Request
 
-Done = tuple[Request, ReplyHeader, Buffer]
+Done = tuple[Request, ReplyHeader | None, Buffer]
+"""A request, the header of its answer (None if it went well and there is nothing to add), and its payload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class Sender(Protocol):
 
 
 class Reader(Protocol):
-    """The replica's end. Synchronous; ``read`` belongs to one thread, all else to any thread.
+    """The replica's end. Synchronous; ``read`` and ``exchange`` belong to one thread, all else to any thread.
 
     A consumer is one life of one replica process: ``<replica id>.<incarnation>``. It must call
     ``heartbeat`` each second from its own thread, or others take its requests after three.
@@ -128,6 +129,8 @@ class Reader(Protocol):
 
     def read(self, max_entries: int, block_ms: int) -> list[Request]:
         """Take up to ``max_entries`` requests, higher priorities first; wait if there is none.
+
+        Lower priorities that wait get a part of each read all the same, see ``shares``.
 
         ``block_ms`` 0 does not wait. Returns ``[]`` when nothing came, also while Redis is away (it
         then waits out ``block_ms`` and reconnects by itself): never raises for that.
@@ -144,6 +147,10 @@ class Reader(Protocol):
         Raises:
             Unavailable: nobody waits for any of these any more. There is nothing left to do for them.
         """
+        ...
+
+    def exchange(self, done: Sequence[Done], max_entries: int, block_ms: int) -> list[Request]:
+        """``finish``, then ``read``, for less than both cost. Raises like ``finish``, before it reads."""
         ...
 
     def push_partial(self, request: Request, header: ReplyHeader, payload: Buffer) -> bool:

@@ -11,14 +11,15 @@ import hiredis
 from google.protobuf.message import DecodeError
 
 from penstock.queue.v1.envelope_pb2 import ReplyHeader, RequestHeader
-from penstock_kit.errors import Code, Reason
 from penstock_kit.queue import keys
 from penstock_kit.queue.address import Address
+from penstock_kit.queue.answers import Key, acknowledge, encode_answers, log_refusals, refused
 from penstock_kit.queue.blocking import COMMAND_SECONDS, RETRY_SECONDS, BlockingConnection
-from penstock_kit.queue.messages import REPLIES_SECONDS, Buffer, Request, answer_header, frame, part_header
+from penstock_kit.queue.messages import REPLIES_SECONDS, Buffer, Request, frame, part_header
 from penstock_kit.queue.ports import Done, Reclaimed
 from penstock_kit.queue.reclaim import Mode, drive_blocking, lost_consumers, reclaim_blocking
-from penstock_kit.queue.resp import Argument, Command, ConnectionLost, bulk, encode
+from penstock_kit.queue.resp import Argument, Command, ConnectionLost, encode
+from penstock_kit.queue.shares import Shares
 
 log = logging.getLogger(__name__)
 
@@ -27,25 +28,19 @@ LEASE_MILLIS = 3000
 RUNNING_SECONDS = 24 * 3600
 IDLE_SECONDS = 24 * 3600
 TOUCH_SECONDS = 60.0
-# Redis refuses strings over 512 MiB by closing the connection.
-MAX_REPLY_BYTES = 256 << 20
-# Replies for one gateway go into one list item up to this size.
-MAX_ITEM_BYTES = 8 << 20
-
-_MULTI = encode("MULTI")
-_EXEC = encode("EXEC")
-# Redis had no memory for a reply; a transaction is then refused as a whole.
-_REFUSED = ("OOM", "EXECABORT")
-
-Key = tuple[bytes, bytes]
+# Payloads that one read should bring at most: while they arrive, nothing else is computed or answered.
+READ_AT_ONCE_BYTES = 8 << 20
 
 
 class QueueReader:
     """Reads requests as one consumer of a queue's group, and answers them.
 
     Three connections: one blocks in ``read``, one carries answers, one carries heartbeats and the rest, so
-    that neither a long wait nor a large answer delays a heartbeat. ``read`` belongs to one thread; all
-    else may be called from any thread.
+    that neither a long wait nor a large answer delays a heartbeat. ``read`` and ``exchange`` belong to one
+    thread; all else may be called from any thread.
+
+    One read brings about ``READ_AT_ONCE_BYTES``: after large requests it asks for fewer at once, so that
+    small ones do not wait for megabytes of others to arrive. See ``shares`` for the priorities.
 
     After a reconnection ``read`` first returns what Redis had handed out to this consumer but what never
     arrived; a group that vanished with its data is created anew.
@@ -78,6 +73,10 @@ class QueueReader:
         # Read beyond what was asked for, because Redis counts per stream.
         self._surplus: dict[bytes, deque[Request]] = {stream: deque() for stream in self._streams}
         self._mixed = False
+        self._shares = Shares()
+        # Bytes of a request, of those read lately; after a large one it falls slowly.
+        self._usual_bytes = 0.0
+        self._read_commands: dict[tuple[int, int], bytes] = {}
         # Entry → position of the next part of its streamed answer.
         self._parts: dict[Key, int] = {}
         # Entries whose answer could not be delivered in time.
@@ -105,25 +104,40 @@ class QueueReader:
 
     def finish(self, done: Sequence[Done]) -> None:
         """Answer requests and take them off the queue, in one step."""
+        if done:
+            self._deliver_answers(done, *self._answers(done))
+
+    def exchange(self, done: Sequence[Done], max_entries: int, block_ms: int) -> list[Request]:
+        """``finish``, then ``read``: one round trip where nothing stands against it."""
         if not done:
-            return
+            return self.read(max_entries, block_ms)
         parts, replies = self._answers(done)
-        last = max(request.header.deadline_unix_micros for request, _, _ in done) / 1e6
-        entries = [(request.stream, request.entry_id) for request, _, _ in done]
+        if not self._reading.connected or self._generation != self._reading.generation or self._split():
+            self._deliver_answers(done, parts, replies)
+            return self.read(max_entries, block_ms)
+        count = self._affordable(max_entries)
+        command = self._read_command(count, block_ms)
         try:
-            carried_out = self._deliver(parts, replies, last)[-1]
+            found = self._reading.send(
+                [*parts, command], replies + 1, COMMAND_SECONDS + block_ms / 1000, again=False
+            )
         except ConnectionLost:
-            with self._lock:
-                self._stale += entries
-            raise
+            found = []
+        if not found or refused(found):
+            # Told twice is better than not at all: the gateway drops what it has heard.
+            self._deliver_answers(done, parts, replies)
         else:
-            for reply in carried_out:
-                if isinstance(reply, hiredis.ReplyError):
-                    log.error("Redis refused a part of an answer: %s", reply)
-        finally:
-            self._held.difference_update(entries)
-            for entry in entries:
-                self._parts.pop(entry, None)
+            self._forget(done)
+            log_refusals(found[-2])
+        if not found:
+            return self.read(max_entries, block_ms)
+        try:
+            requests = self._read_reply(found[-1])
+        except (ConnectionLost, hiredis.ReplyError):
+            return self.read(max_entries, block_ms)
+        self._mixed = len({request.stream for request in requests}) > 1
+        self._keep_surplus(requests[max_entries:])
+        return requests[:max_entries]
 
     def push_partial(self, request: Request, header: ReplyHeader, payload: Buffer) -> bool:
         """Send one part of a streamed answer; False if nobody waits for more."""
@@ -219,39 +233,92 @@ class QueueReader:
     def _read(self, max_entries: int, block_ms: int) -> list[Request]:
         if self._generation != self._reading.generation or not self._generation:
             self._catch_up()
-        if self._mixed or any(self._surplus.values()):
-            # Requests of several priorities wait: ask one stream after the other, to take no more than asked.
-            found: list[Request] = []
-            for stream in self._streams:
-                found += self._take_surplus(stream, max_entries - len(found))
-                if len(found) < max_entries:
-                    found += self._fetch([stream], max_entries - len(found), 0)
-                if len(found) == max_entries:
-                    return found
-            self._mixed = len({request.stream for request in found}) > 1
-            if found:
-                return found
-        found = self._fetch(self._streams, max_entries, block_ms)
-        self._mixed = len({request.stream for request in found}) > 1
-        self._keep_surplus(found[max_entries:])
-        return found[:max_entries]
+        count = self._affordable(max_entries)
+        if self._split() and (found := self._read_split(count)):
+            return found
+        requests = self._fetch(self._read_command(count, block_ms), block_ms)
+        self._mixed = len({request.stream for request in requests}) > 1
+        self._keep_surplus(requests[max_entries:])
+        return requests[:max_entries]
 
-    def _take_surplus(self, stream: bytes, count: int) -> list[Request]:
-        surplus = self._surplus[stream]
-        return [surplus.popleft() for _ in range(min(count, len(surplus)))]
+    def _split(self) -> bool:
+        """Whether requests of several priorities wait, so that each stream is asked for its part."""
+        return self._mixed or any(self._surplus.values())
+
+    def _read_split(self, count: int) -> list[Request]:
+        """Read without waiting, no more than asked for; none if nothing waits."""
+        dealt = self._shares.deal(count)
+        found = self._take(dealt)
+        self._shares.found(dealt, [len(requests) for requests in found])
+        for priority in range(len(self._streams)):
+            # What one priority left is for the highest that has more.
+            if left := count - sum(map(len, found)):
+                wanted = [left if i == priority else 0 for i in range(len(self._streams))]
+                if len(found[priority]) >= dealt[priority]:
+                    found[priority] += self._take(wanted)[priority]
+        requests = [request for of_one in found for request in of_one]
+        if len(requests) < count:
+            self._mixed = sum(map(bool, found)) > 1
+        return requests
+
+    def _take(self, wanted: Sequence[int]) -> list[list[Request]]:
+        """Take up to so many of each priority: what was read before, then what Redis has."""
+        found: list[list[Request]] = []
+        commands: list[Command] = []
+        asked: list[int] = []
+        for priority, (stream, count) in enumerate(zip(self._streams, wanted, strict=True)):
+            surplus = self._surplus[stream]
+            found.append([surplus.popleft() for _ in range(min(count, len(surplus)))])
+            if len(found[-1]) < count:
+                asked.append(priority)
+                commands.append(
+                    (
+                        *("XREADGROUP", "GROUP", keys.GROUP, self._consumer),
+                        *("COUNT", count - len(found[-1]), "STREAMS", stream, b">"),
+                    )
+                )
+        if not commands:
+            return found
+        try:
+            replies = self._reading.execute(commands, again=False)
+            for priority, reply in zip(asked, replies, strict=True):
+                found[priority] += self._read_reply(reply)
+        except (ConnectionLost, hiredis.ReplyError):
+            for requests in found:
+                self._keep_surplus(requests)
+            raise
+        return found
 
     def _keep_surplus(self, requests: list[Request]) -> None:
         for request in requests:
             self._surplus[request.stream].append(request)
 
-    def _fetch(self, streams: Sequence[bytes], count: int, block_ms: int) -> list[Request]:
-        blocking: tuple[Argument, ...] = ("BLOCK", block_ms) if block_ms > 0 else ()
-        command = (
-            *("XREADGROUP", "GROUP", keys.GROUP, self._consumer, "COUNT", count, *blocking, "STREAMS"),
-            *(*streams, *(b">" for _ in streams)),
-        )
+    def _affordable(self, max_entries: int) -> int:
+        """How many requests to ask for, if they are as large as the last ones."""
+        if self._usual_bytes * max_entries <= READ_AT_ONCE_BYTES:
+            return max_entries
+        return max(1, int(READ_AT_ONCE_BYTES / self._usual_bytes))
+
+    def _read_command(self, count: int, block_ms: int) -> bytes:
+        """The XREADGROUP of all streams."""
+        command = self._read_commands.get((count, block_ms))
+        if command is None:
+            blocking: tuple[Argument, ...] = ("BLOCK", block_ms) if block_ms > 0 else ()
+            command = encode(
+                *("XREADGROUP", "GROUP", keys.GROUP, self._consumer, "COUNT", count, *blocking, "STREAMS"),
+                *(*self._streams, *(b">" for _ in self._streams)),
+            )
+            if len(self._read_commands) > 256:
+                self._read_commands.clear()
+            self._read_commands[count, block_ms] = command
+        return command
+
+    def _fetch(self, command: bytes, block_ms: int) -> list[Request]:
         # Not again: what a cut connection had been handed must be caught up with first.
-        reply = self._reading.execute([command], COMMAND_SECONDS + block_ms / 1000, again=False)[0]
+        reply = self._reading.send([command], 1, COMMAND_SECONDS + block_ms / 1000, again=False)[0]
+        return self._read_reply(reply)
+
+    def _read_reply(self, reply: Any) -> list[Request]:
         if isinstance(reply, hiredis.ReplyError):
             if not str(reply).startswith("NOGROUP"):
                 raise reply
@@ -283,6 +350,8 @@ class QueueReader:
     def _parse(self, reply: Any) -> list[Request]:
         found: list[Request] = []
         held = self._held
+        parse = RequestHeader.FromString
+        largest = 0
         for stream, entries in reply or ():
             for entry_id, fields in entries:
                 key = (stream, entry_id)
@@ -290,62 +359,57 @@ class QueueReader:
                     continue
                 try:
                     _, raw, _, attempt, _, payload = fields
-                    request = Request(RequestHeader.FromString(raw), payload, int(attempt), entry_id, stream)
+                    request = Request(
+                        parse(raw), payload, 0 if attempt == b"0" else int(attempt), entry_id, stream
+                    )
                 except (TypeError, ValueError, DecodeError):
                     # Deleted while it was on its way to us (no fields), or written by no gateway of ours.
                     if fields is not None:
                         log.error("Entry %r of %r is no request; it is dropped.", entry_id, stream)
-                    self._reading.execute(_acknowledge([key]))
+                    self._reading.execute(acknowledge([key]))
                     continue
+                if len(payload) > largest:
+                    largest = len(payload)
                 held.add(key)
                 found.append(request)
+        if found:
+            self._usual_bytes = max(float(largest), self._usual_bytes * 0.8)
         return found
 
     # Answering
 
     def _answers(self, done: Sequence[Done]) -> tuple[list[Buffer], int]:
-        """Encode all of ``finish`` as one transaction, without copying payloads; and count its replies."""
-        items: dict[str, list[list[Buffer]]] = {}
-        sizes: dict[str, int] = {}
         with self._lock:
-            entries, self._stale = self._stale, []
-        for request, given, body in done:
-            header, payload = given, body
-            if len(payload) > MAX_REPLY_BYTES:
-                header, payload = _too_large(len(payload)), b""
-            entry = (request.stream, request.entry_id)
-            entries.append(entry)
-            gateway = request.header.gateway
-            parts = frame(answer_header(header, request, self._parts.get(entry)), payload)
-            size = sum(map(len, parts))
-            if gateway not in items or sizes[gateway] + size > MAX_ITEM_BYTES:
-                items.setdefault(gateway, []).append([])
-                sizes[gateway] = 0
-            items[gateway][-1].extend(parts)
-            sizes[gateway] += size
-        out: list[Buffer] = [_MULTI]
-        count = 2
-        for gateway, lists in items.items():
-            key = keys.replies(gateway)
-            for item in lists:
-                out.append(b"*3\r\n$5\r\nRPUSH\r\n%b$%d\r\n" % (bulk(key), sum(map(len, item))))
-                out.extend(item)
-                out.append(b"\r\n")
-            out.append(encode("EXPIRE", key, REPLIES_SECONDS))
-            count += len(lists) + 1
-        commands = _acknowledge(entries)
-        out.extend(encode(*command) for command in commands)
-        out.append(_EXEC)
-        return out, count + len(commands)
+            stale, self._stale = self._stale, []
+        return encode_answers(done, self._parts, stale)
+
+    def _deliver_answers(self, done: Sequence[Done], parts: Sequence[Buffer], replies: int) -> None:
+        last = max(request.header.deadline_unix_micros for request, _, _ in done) / 1e6
+        try:
+            carried_out = self._deliver(parts, replies, last)[-1]
+        except ConnectionLost:
+            with self._lock:
+                self._stale += [(request.stream, request.entry_id) for request, _, _ in done]
+            raise
+        else:
+            log_refusals(carried_out)
+        finally:
+            self._forget(done)
+
+    def _forget(self, done: Sequence[Done]) -> None:
+        entries = [(request.stream, request.entry_id) for request, _, _ in done]
+        self._held.difference_update(entries)
+        if self._parts:
+            for entry in entries:
+                self._parts.pop(entry, None)
 
     def _deliver(self, parts: Sequence[Buffer], replies: int, until: float) -> list[Any]:
         """Send a pipeline, again and again until Redis takes it or ``until`` (Unix time) has passed."""
         while True:
             try:
                 found = self._writing.send(parts, replies)
-                for reply in found:
-                    if isinstance(reply, hiredis.ReplyError) and str(reply).startswith(_REFUSED):
-                        raise ConnectionLost(self._address, reply)
+                if refusal := refused(found):
+                    raise ConnectionLost(self._address, refusal)
                 return found
             except ConnectionLost:
                 if time.time() >= until or self._left.wait(RETRY_SECONDS):
@@ -359,21 +423,3 @@ class QueueReader:
         if now - self._touched > TOUCH_SECONDS:
             self._control.execute([("EXPIRE", stream, IDLE_SECONDS) for stream in self._streams])
             self._touched = now
-
-
-def _acknowledge(entries: Sequence[Key]) -> list[Command]:
-    by_stream: dict[bytes, list[bytes]] = {}
-    for stream, entry_id in entries:
-        by_stream.setdefault(stream, []).append(entry_id)
-    commands: list[Command] = []
-    for stream, ids in by_stream.items():
-        commands += [("XACK", stream, keys.GROUP, *ids), ("XDEL", stream, *ids)]
-    return commands
-
-
-def _too_large(size: int) -> ReplyHeader:
-    return ReplyHeader(
-        code=Code.RESOURCE_EXHAUSTED,
-        reason=Reason.PAYLOAD_TOO_LARGE,
-        message=f"The answer has {size} bytes, over the limit of {MAX_REPLY_BYTES}. Ask for less at once.",
-    )

@@ -169,6 +169,20 @@ async def test_higher_priorities_are_read_first(world):
     assert payloads == [b"00", b"01", b"02", b"10", b"11", b"12", b"20", b"21", b"22"]
 
 
+@pytest.mark.parametrize("at_once", [1, 10])
+async def test_lower_priorities_get_their_part_while_higher_ones_never_end(world, at_once):
+    sender, reader = await world.sender(), world.reader(QUEUE)
+    await read(reader, 0)
+    for priority, count in ((PRIORITY_HIGH, 150), (PRIORITY_NORMAL, 60), (PRIORITY_LOW, 60)):
+        for _ in range(count):
+            sender.submit(QUEUE, header(), b"%d" % priority, priority)
+    await until(lambda: reader.depth() == 270)
+    payloads = [request.payload for request in await read(reader, 100, at_most=at_once)]
+    assert (payloads.count(b"0"), payloads.count(b"1"), payloads.count(b"2")) == pytest.approx(
+        (70, 20, 10), abs=3
+    )
+
+
 async def test_a_read_gives_no_more_than_asked(world):
     sender, reader = await world.sender(), world.reader(QUEUE)
     for number in range(30):
@@ -193,6 +207,36 @@ async def test_a_waiting_read_ends_with_the_first_request(world):
     reading = asyncio.create_task(asyncio.to_thread(reader.read, 8, 30_000))
     sender.submit(QUEUE, header(), b"here")
     assert [request.payload for request in await asyncio.wait_for(reading, 10)] == [b"here"]
+
+
+async def test_an_exchange_answers_and_brings_the_next(world):
+    sender, reader = await world.sender(), world.reader(QUEUE)
+    first = sender.submit(QUEUE, header(), b"first")
+    done: list[Request] = await read(reader, 1)
+    second = sender.submit(QUEUE, header(), b"second", PRIORITY_LOW)
+    await until(lambda: reader.depth() == 2)
+    done = await asyncio.to_thread(reader.exchange, [(done[0], None, b"one")], 8, 10_000)
+    assert [request.payload for request in done] == [b"second"]
+    reply = await answered(first)
+    assert (reply.payload, reply.header.code, reply.header.json_length) == (b"one", 0, 0)
+    assert await asyncio.to_thread(reader.exchange, [(done[0], ReplyHeader(code=13), b"")], 8, 50) == []
+    assert (await answered(second)).header.code == 13
+    assert reader.depth() == 0
+
+
+async def test_an_exchange_gives_no_more_than_asked_whatever_waits(world):
+    sender, reader = await world.sender(), world.reader(QUEUE)
+    futures = [sender.submit(QUEUE, header(), b"%d" % number, number % 3) for number in range(30)]
+    await until(lambda: reader.depth() == 30)
+    held: list[Request] = []
+    seen: list[int] = []
+    while sum(seen) < 30:
+        done = [(request, None, request.payload) for request in held]
+        held = await asyncio.to_thread(reader.exchange, done, 4, 200)
+        seen.append(len(held))
+    assert await asyncio.to_thread(reader.exchange, [(r, None, r.payload) for r in held], 4, 0) == []
+    assert max(seen) == 4
+    assert [(await answered(future)).payload for future in futures] == [b"%d" % n for n in range(30)]
 
 
 async def test_a_priority_that_does_not_exist_is_refused(world):

@@ -52,12 +52,18 @@ class Echo:
         self.reader.leave()
 
     def _serve(self) -> None:
-        while not self._stop.is_set():
-            requests = self.reader.read(16, 50)
-            self.computed += [request.payload for request in requests]
+        requests: list[Request] = []
+        while not self._stop.is_set() or requests:
+            done = [(request, None, request.payload) for request in requests]
+            requests = []
             # Nobody waits any more: the loop goes on.
             with contextlib.suppress(Unavailable):
-                self.reader.finish([(request, ReplyHeader(), request.payload) for request in requests])
+                if len(self.computed) % 2:
+                    self.reader.finish(done)
+                    requests = self.reader.read(16, 50)
+                else:
+                    requests = self.reader.exchange(done, 16, 50)
+            self.computed += [request.payload for request in requests]
 
     def _beat(self) -> None:
         while not self._stop.wait(0.5):
@@ -582,3 +588,28 @@ async def test_a_wrong_password_is_said_and_tried_again(tmp_path: Path, redis_ur
             "requirepass", ""
         )
         client.close()
+
+
+async def test_after_a_large_request_a_read_brings_no_more_than_a_few(redis_url):
+    """Small requests behind must not wait until all large ones have arrived."""
+    large = bytes(3 << 20)
+    async with sending(redis_url) as sender:
+        reader = QueueReader(redis_url, QUEUE, "replica-1.1")
+        sizes: list[int] = []
+        for _ in range(2):
+            futures = [sender.submit(QUEUE, header(), large) for _ in range(8)]
+            await until(lambda: reader.depth() == 8)
+            while not sizes or reader.depth():
+                requests = await asyncio.to_thread(reader.read, 64, 1000)
+                sizes.append(len(requests))
+                reader.finish([(request, None, b"") for request in requests])
+            await asyncio.gather(*futures)
+        assert sizes[:2] == [8, 2]
+        futures = [sender.submit(QUEUE, header(), b"small") for _ in range(200)]
+        await until(lambda: reader.depth() == 200)
+        while reader.depth():
+            requests = await asyncio.to_thread(reader.read, 64, 1000)
+            sizes.append(len(requests))
+            reader.finish([(request, None, b"") for request in requests])
+        assert max(sizes[-3:]) > 20
+        reader.leave()

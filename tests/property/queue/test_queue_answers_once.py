@@ -134,6 +134,16 @@ class Machine(RuleBasedStateMachine):
         done, replica.held = replica.held[:count], replica.held[count:]
         self._answer(replica, done)
 
+    @rule(which=REPLICAS, count=st.integers(1, 4))
+    def exchange(self, which: int, count: int) -> None:
+        """Answer all that is no suspect, and read in the same step."""
+        replica = self.replicas[which]
+        done = [(r, None, b"answer to " + r.payload) for r in replica.held if not r.suspect]
+        replica.held = [request for request in replica.held if request.suspect]
+        found = replica.reader.exchange(done, count, self.patience_ms)
+        assert len(found) <= count
+        replica.held += found
+
     @rule(which=REPLICAS, count=st.integers(1, 8), deadly=st.booleans())
     def serve(self, which: int, count: int, deadly: bool) -> None:
         """One round of a replica as it should be: suspects alone, announced. One of them may kill it."""
