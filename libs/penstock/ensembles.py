@@ -14,6 +14,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from penstock.errors import InvalidArgument
 
@@ -52,6 +53,7 @@ class Step:
         return split_reference(self.model)[1]
 
 
+@lru_cache(maxsize=4096)
 def split_reference(model: str) -> tuple[str, str]:
     """Return deployment and selector ("@alias", a number, or nothing) of what a step calls.
 

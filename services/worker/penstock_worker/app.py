@@ -213,4 +213,5 @@ def _policy(settings: WorkerSettings) -> ReplicaPolicy:
         allow_python_runtime=settings.allow_python_runtime,
         log_level=settings.log_level.lower(),
         otlp_endpoint=settings.otlp_endpoint,
+        scheduler_address=settings.scheduler_address,
     )

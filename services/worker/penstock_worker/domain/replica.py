@@ -90,6 +90,8 @@ class ReplicaConfig:
     """Where traces go; empty for nowhere."""
     drain_seconds: float = 30.0
     """How long it may go on answering after SIGTERM."""
+    scheduler_address: str = ""
+    """Where the scheduler listens, for models that call others; empty if that is not known."""
 
     def to_json(self) -> str:
         """Writes the configuration as one line of JSON."""

@@ -8,10 +8,12 @@ thread only, the one that loaded it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
+from penstock_kit.ensembles import Step
+from penstock_kit.errors import PenstockError
 from penstock_kit.oip import Array, Signature
 
 Batch: TypeAlias = Mapping[str, Array]
@@ -32,6 +34,8 @@ class Bundle:
     """What the model takes and gives."""
     parameters: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Options of the runtime from the manifest, such as {"threads": "1"}."""
+    steps: tuple[Step, ...] = ()
+    """The graph of an ensemble; empty for what computes by itself."""
 
     @property
     def threads(self) -> int:
@@ -63,6 +67,69 @@ class Servable(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mesh:
+    """Where the rest of the mesh is, for models that call others."""
+
+    redis_url: str
+    """Where the queues are."""
+    scheduler_address: str
+    """Who knows the routes."""
+    name: str
+    """Name of this process, never used by another one: answers come to it."""
+
+
+@dataclasses.dataclass(slots=True)
+class Call:
+    """One request to a model that works on many at once."""
+
+    inputs: Batch
+    """As `Servable.predict` gets them."""
+    outputs: tuple[str, ...] | None
+    """Outputs that the caller asks for; None for all."""
+    deadline_unix_micros: int
+    """When nobody waits any more."""
+    priority: int
+    """0 (high), 1 (normal) or 2 (low)."""
+    traceparent: str
+    """W3C trace context; empty when it is not traced."""
+    depth: int
+    """How many ensembles it has come through before."""
+    done: Callable[[Batch | PenstockError], None]
+    """Gets the outputs that were asked for, or the error; called once, on any thread, and must not block."""
+
+
+@runtime_checkable
+class ConcurrentServable(Protocol):
+    """A loaded model that works on many requests at once, because it mostly waits for others.
+
+    Its requests are not joined: each goes its own way.
+    """
+
+    limit: int
+    """Requests that it works on at the same time."""
+
+    def start(self, mesh: Mesh) -> None:
+        """Find the rest of the mesh; return once requests can be answered.
+
+        Raises:
+            PenstockError: It cannot be used; the message says why.
+        """
+        ...
+
+    def begin(self, calls: Sequence[Call]) -> None:
+        """Begin requests. Returns at once; each call's `done` gets its outcome."""
+        ...
+
+    def abandon(self, calls: Sequence[Call]) -> None:
+        """Give up requests that nobody waits for any more; those that are not done get an error."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; what is not done gets an error."""
+        ...
+
+
 class Runtime(Protocol):
     """Makes servables of bundles."""
 
@@ -71,7 +138,7 @@ class Runtime(Protocol):
     runs_bundle_code: bool
     """Whether loading or serving executes code of the bundle, so that an operator must have allowed it."""
 
-    def load(self, bundle: Bundle, devices: Sequence[str]) -> Servable:
+    def load(self, bundle: Bundle, devices: Sequence[str]) -> Servable | ConcurrentServable:
         """Open a bundle.
 
         Args:

@@ -12,10 +12,11 @@ import numpy as np
 from google.protobuf import json_format
 
 from penstock.registry.v1 import manifest_pb2
+from penstock_kit.ensembles import steps_from_proto
 from penstock_kit.errors import FailedPrecondition, PenstockError, Reason
 from penstock_kit.oip import Array, Signature, TensorSpec, signature_from_proto
 from penstock_worker.domain.replica import ReplicaConfig
-from penstock_worker.domain.runtime import Bundle, Runtime
+from penstock_worker.domain.runtime import Bundle, ConcurrentServable, Runtime
 from penstock_worker.hotpath.execution import Executor, ModelError
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,15 @@ class Loaded:
     """Time of a call with as many rows as allowed."""
 
 
-def load(config: ReplicaConfig) -> Loaded:
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedConcurrent:
+    """A model that works on many requests at once; it has not been started."""
+
+    servable: ConcurrentServable
+    signature: Signature
+
+
+def load(config: ReplicaConfig) -> Loaded | LoadedConcurrent:
     """Open the bundle with its runtime and run it on zeros.
 
     Raises:
@@ -66,7 +75,8 @@ def load(config: ReplicaConfig) -> Loaded:
             f"The bundle has no {manifest.entrypoint}, which its manifest names as entrypoint.",
             reason=Reason.MANIFEST_MISMATCH,
         )
-    bundle = Bundle(directory, manifest.format, entrypoint, signature, dict(manifest.parameters))
+    steps = steps_from_proto(manifest.ensemble)
+    bundle = Bundle(directory, manifest.format, entrypoint, signature, dict(manifest.parameters), steps)
     try:
         servable = runtime.load(bundle, config.devices)
     except PenstockError:
@@ -78,6 +88,8 @@ def load(config: ReplicaConfig) -> Loaded:
             f"{type(error).__name__}: {_first_lines(error)}",
             reason=Reason.LOAD_FAILED,
         ) from error
+    if isinstance(servable, ConcurrentServable):
+        return LoadedConcurrent(servable, signature)
     executor = Executor(
         servable,
         signature,

@@ -24,9 +24,11 @@ from penstock_kit.queue.ports import Reader
 from penstock_kit.queue.reader import QueueReader
 from penstock_kit.telemetry.logs import configure_logging
 from penstock_worker.domain.replica import ProcessState, ProcessStatus, ReplicaConfig
+from penstock_worker.domain.runtime import Mesh
 from penstock_worker.hotpath.answering import Answering, Tracer
+from penstock_worker.hotpath.concurrent import ConcurrentServing
 from penstock_worker.hotpath.execution import Outcome
-from penstock_worker.hotpath.loading import Loaded, load
+from penstock_worker.hotpath.loading import Loaded, LoadedConcurrent, load
 from penstock_worker.hotpath.serving import Serving
 from penstock_worker.hotpath.statistics import Counters
 
@@ -60,6 +62,9 @@ def run_replica(config: ReplicaConfig) -> int:
         signal.signal(signal.SIGTERM, _terminate)
         status.tell(ProcessState.LOADING)
         loaded = load(config)
+        if isinstance(loaded, LoadedConcurrent):
+            name = f"replica-{config.consumer}"
+            loaded.servable.start(Mesh(config.redis_url, config.scheduler_address, name))
         reader = QueueReader(config.redis_url, config.queue, config.consumer)
         _join(reader)
         _serve(config, loaded, reader, status)
@@ -78,19 +83,11 @@ def run_replica(config: ReplicaConfig) -> int:
     return 0
 
 
-def _serve(config: ReplicaConfig, loaded: Loaded, reader: Reader, status: _Status) -> None:
+def _serve(config: ReplicaConfig, loaded: Loaded | LoadedConcurrent, reader: Reader, status: _Status) -> None:
     counters = Counters()
     codec = Codec(loaded.signature, str(config.version))
     answering = Answering(reader, codec, counters, _tracer(config))
-    serving = Serving(
-        reader,
-        loaded.executor,
-        answering,
-        max_delay_seconds=config.batching.max_delay_microseconds / 1e6,
-        seconds_of_one=loaded.seconds_of_one,
-        seconds_of_max=loaded.seconds_of_max,
-        drain_seconds=config.drain_seconds,
-    )
+    serving = _serving(config, loaded, reader, answering)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         serving.stop()
@@ -105,14 +102,7 @@ def _serve(config: ReplicaConfig, loaded: Loaded, reader: Reader, status: _Statu
     try:
         signal.signal(signal.SIGTERM, stop)
         status.tell(ProcessState.READY)
-        log.info(
-            "replica ready",
-            extra={
-                "batch": loaded.executor.max_rows,
-                "milliseconds_of_one": round(loaded.seconds_of_one * 1e3, 3),
-                "milliseconds_of_batch": round(loaded.seconds_of_max * 1e3, 3),
-            },
-        )
+        log.info("replica ready", extra=_facts(loaded))
         serving.run()
     finally:
         ended.set()
@@ -122,8 +112,41 @@ def _serve(config: ReplicaConfig, loaded: Loaded, reader: Reader, status: _Statu
     # Not after a failure: a request may have caused it. What is left is then given back as a dead process's
     # is, so that a request which ends one replica after the other is found out.
     reader.leave()
-    loaded.executor.close()
+    (loaded.servable if isinstance(loaded, LoadedConcurrent) else loaded.executor).close()
     log.info("replica stopped")
+
+
+def _serving(
+    config: ReplicaConfig, loaded: Loaded | LoadedConcurrent, reader: Reader, answering: Answering
+) -> Serving | ConcurrentServing:
+    if isinstance(loaded, LoadedConcurrent):
+        return ConcurrentServing(
+            reader,
+            loaded.servable,
+            loaded.signature,
+            answering,
+            queue_name=config.queue,
+            drain_seconds=config.drain_seconds,
+        )
+    return Serving(
+        reader,
+        loaded.executor,
+        answering,
+        max_delay_seconds=config.batching.max_delay_microseconds / 1e6,
+        seconds_of_one=loaded.seconds_of_one,
+        seconds_of_max=loaded.seconds_of_max,
+        drain_seconds=config.drain_seconds,
+    )
+
+
+def _facts(loaded: Loaded | LoadedConcurrent) -> dict[str, float]:
+    if isinstance(loaded, LoadedConcurrent):
+        return {"concurrency": loaded.servable.limit}
+    return {
+        "batch": loaded.executor.max_rows,
+        "milliseconds_of_one": round(loaded.seconds_of_one * 1e3, 3),
+        "milliseconds_of_batch": round(loaded.seconds_of_max * 1e3, 3),
+    }
 
 
 def _join(reader: Reader) -> None:

@@ -59,6 +59,7 @@ class ReplicaPolicy:
     allow_python_runtime: bool = False
     log_level: str = "info"
     otlp_endpoint: str = ""
+    scheduler_address: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -322,6 +323,7 @@ class ReplicaKeeper:
             log_level=self._policy.log_level,
             otlp_endpoint=self._policy.otlp_endpoint,
             drain_seconds=self._policy.drain_seconds,
+            scheduler_address=self._policy.scheduler_address,
         )
 
     async def _unless_ending(self, work: Coroutine[Any, Any, T]) -> T | None:
