@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-unit test-clients test-chaos bench check format protos sync clean
+.PHONY: help demo up test test-unit test-clients test-chaos bench bench-quick bench-scale check format protos sync clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,7 +35,13 @@ test-clients: $(STAMP) ## Unmodified third-party clients against a running mesh
 test-chaos: $(STAMP) ## Kills, cuts and pauses under load
 	$(BIN)/python -m pytest -m chaos tests/chaos
 
-bench: $(STAMP) ## Speed against floors and peers, on this machine
+bench: $(STAMP) ## Speed beside floors and peers: BENCH="--peers ours,triton --seconds 5" chooses
+	PYTHONPATH=tests $(BIN)/python -m performance $(BENCH)
+
+bench-quick: $(STAMP) ## The same in two minutes: ours, Triton, Mosec and a floor
+	PYTHONPATH=tests $(BIN)/python -m performance --quick $(BENCH)
+
+bench-scale: $(STAMP) ## Many versions and deployments on two processors
 	$(BIN)/python -m pytest -m performance -s tests/performance
 
 # Of low severity ruff's S rules see more than bandit, each exception with its reason beside it.
