@@ -60,9 +60,10 @@ return found
 class RequestSender(Ledger):
     """Sends requests and holds each until it is answered.
 
-    Two connections: one writes, one waits for replies. If either ends, both are made anew, and every
-    unanswered request whose entry is gone by then is sent again: its write or its reply may have been on
-    the wire. The same happens when the epoch key shows that Redis lost its data.
+    Two connections: one writes, one waits for replies. If either ends, both are made anew, Redis is told
+    to end the old ones (CLIENT LIST and KILL, which its user must be allowed), and every unanswered
+    request whose entry is gone by then is sent again: its write or its reply may have been on the wire.
+    The same happens when the epoch key shows that Redis lost its data.
 
     Args:
         url: Redis, see ``address``.
@@ -188,6 +189,7 @@ class RequestSender(Ledger):
         reader = None
         try:
             reader = await Connection.connect(self._address, name + ":replies", on_lost=self._lost.set)
+            await self._end_former(writer, reader, name)
             self._epoch = await self._read_epoch(writer)
             held = list(self._waiting.values())
             self._writer = writer
@@ -205,6 +207,21 @@ class RequestSender(Ledger):
             writer.close()
             if reader is not None:
                 reader.close()
+
+    async def _end_former(self, writer: Connection, reader: Connection, name: str) -> None:
+        """Let Redis end what it still takes for connections of this gateway.
+
+        After a partition it may hold the old ones for alive for minutes, and would hand replies to pops
+        on them that nobody receives any more.
+        """
+        try:
+            own = {await connection.command("CLIENT", "ID") for connection in (writer, reader)}
+            for line in (await writer.command("CLIENT", "LIST", "TYPE", "normal")).decode().splitlines():
+                client = dict(field.partition("=")[::2] for field in line.split())
+                if client["name"] in (name, name + ":replies") and int(client["id"]) not in own:
+                    await writer.command("CLIENT", "KILL", "ID", client["id"])
+        except hiredis.ReplyError as error:
+            log.warning("Redis lets this gateway not end its old connections: %s", error)
 
     async def _watch(self, writer: Connection) -> None:
         """Each second see whether Redis still has its data; return when a connection ends."""
