@@ -9,7 +9,8 @@ import pytest
 from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC, ReplyHeader
 from penstock_gateway.domain.model import Description
 from penstock_gateway.domain.routing import Route, Table, Target
-from penstock_gateway.hotpath.dispatch import Dispatcher, bounds
+from penstock_gateway.hotpath.bounds import bounds
+from penstock_gateway.hotpath.dispatch import Dispatcher
 from penstock_gateway.hotpath.lanes import BUCKETS
 from penstock_kit.errors import (
     DeadlineExceeded,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from penstock.queue.v1.envelope_pb2 import PayloadFormat, RequestHeader
+from penstock_gateway.domain.admission import Backlog, Waitlist
 from penstock_gateway.domain.routing import Table, Target, not_ready, split_name
+from penstock_gateway.hotpath import lanes
+from penstock_gateway.hotpath.bounds import bounds as bounds
 from penstock_gateway.hotpath.lanes import Lane
-from penstock_gateway.hotpath.scan import Parameter
 from penstock_gateway.hotpath.spans import InferenceSpan
 from penstock_kit.errors import (
     Code,
-    InvalidArgument,
     NotFound,
     PenstockError,
     Reason,
@@ -23,14 +25,17 @@ from penstock_kit.errors import (
     Unavailable,
     error_for,
 )
+from penstock_kit.queue.keys import PRIORITY_NORMAL as PRIORITY_NORMAL
 from penstock_kit.queue.messages import Reply
 from penstock_kit.queue.ports import Sender
 from penstock_kit.queue.waiting import settle
 
-PRIORITY_HIGH, PRIORITY_NORMAL, PRIORITY_LOW = 0, 1, 2
 _CANCELLED = int(Code.CANCELLED)
-# A full queue drains at the pace of its replicas, which a second says something about.
+_DEADLINE_EXCEEDED = int(Code.DEADLINE_EXCEEDED)
+# When to come back to a full queue whose pace is not known yet.
 _RETRY_SECONDS = 1.0
+# A shorter pause only makes callers knock.
+_MIN_RETRY_SECONDS = 0.01
 
 
 # A reply without an error code, an error of the tree, or CancelledError.
@@ -44,29 +49,60 @@ class Ticket:
     Attributes:
         header: What the replica gets beside the payload; its id names the request.
         selector: The version or alias that the caller asked for; empty if none.
-        queue: Where the request waits, if there is a selector.
+        backlog: Where the request waits.
+        reckoned: Seconds that those ahead of it were expected to take when it came.
     """
 
-    __slots__ = ("_dispatcher", "done", "header", "lane", "queue", "selector", "span", "started")
+    __slots__ = (
+        "_dispatcher",
+        "backlog",
+        "done",
+        "header",
+        "lane",
+        "reckoned",
+        "selector",
+        "span",
+        "started",
+    )
 
-    def __init__(self, dispatcher: Dispatcher, lane: Lane, header: RequestHeader, done: Done) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        lane: Lane,
+        header: RequestHeader,
+        done: Done,
+        backlog: Backlog,
+        reckoned: float,
+    ) -> None:
         self._dispatcher = dispatcher
         self.lane = lane
         self.header = header
         self.done = done
+        self.backlog = backlog
+        self.reckoned = reckoned
         self.started = time.monotonic()
-        self.selector = self.queue = ""
+        self.selector = ""
         self.span: InferenceSpan | None = None
 
     def end(self, outcome: Outcome) -> None:
         """Take the outcome from the queue, count it, and hand it on."""
+        now = time.monotonic()
+        took = now - self.started
         if isinstance(outcome, Reply):
             code = outcome.header.code
             if code:
                 outcome = error_of(outcome)
+            if code == _DEADLINE_EXCEEDED:
+                self.backlog.missed(now, took, self.reckoned)
+            else:
+                self.backlog.answered(now, took, self.reckoned)
         else:
             code = int(outcome.code) if isinstance(outcome, PenstockError) else _CANCELLED
-        self._dispatcher.forget(self, code)
+            if code == _DEADLINE_EXCEEDED:
+                self.backlog.missed(now, took, self.reckoned)
+            else:
+                self.backlog.leave()
+        self._dispatcher.forget(self, code, took)
         self.done(outcome)
 
 
@@ -82,6 +118,7 @@ class Dispatcher:
     Attributes:
         table: The routing table of the moment.
         lanes: What is counted, by deployment.
+        waitlists: What waits, by queue.
         draining: Whether new inferences are refused because the process ends.
         changed: Set when the next routing table comes, and replaced then.
     """
@@ -102,6 +139,7 @@ class Dispatcher:
         self._tickets: dict[bytes, Ticket] = {}
         self.table = Table()
         self.lanes: dict[str, Lane] = {}
+        self.waitlists: dict[str, Waitlist] = {}
         self.draining = False
 
     @property
@@ -131,6 +169,11 @@ class Dispatcher:
                 self.lanes[name] = Lane(route)
             else:
                 lane.update(route)
+            for target in route.targets:
+                waitlist = self.waitlists.get(target.queue)
+                if waitlist is None:
+                    waitlist = self.waitlists[target.queue] = Waitlist(target.queue)
+                waitlist.offer(target.ready_replicas, target.description.max_batch_size)
         for name in self.lanes.keys() - table.routes.keys():
             if self.lanes[name].in_flight == 0:
                 del self.lanes[name]
@@ -138,6 +181,7 @@ class Dispatcher:
                 self.lanes[name].only = None  # kept for those on their way; nothing new may follow them
         for queue in gone:
             self._resettle(queue, owners[queue])
+            del self.waitlists[queue]
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 
@@ -147,18 +191,20 @@ class Dispatcher:
         Those who asked for a version get that version or an error: another one's answer is not theirs.
         """
         route = self.table.routes.get(deployment)
-        chosen: dict[str, set[bytes]] = {}
-        for request_id, ticket in self._tickets.items():
-            if ticket.selector and ticket.queue == queue:
-                chosen.setdefault(ticket.selector, set()).add(request_id)
-        for selector, ids in chosen.items():
+        chosen: dict[str, list[Ticket]] = {}
+        backlogs = self.waitlists[queue].backlogs
+        for ticket in self._tickets.values():
+            if ticket.backlog in backlogs:
+                chosen.setdefault(ticket.selector, []).append(ticket)
+        others = chosen.pop("", [])
+        for selector, tickets in chosen.items():
+            ids = {ticket.header.id for ticket in tickets}
             try:
                 successor = self.table.find(deployment).named(selector).queue
             except PenstockError as error:
                 self._sender.fail(queue, error, ids)
                 continue
-            for request_id in ids:
-                self._tickets[request_id].queue = successor
+            self._move(tickets, queue, successor)
             self._sender.reroute(queue, successor, ids)
         try:
             if route is None:
@@ -167,9 +213,20 @@ class Dispatcher:
                     reason=Reason.DEPLOYMENT_NOT_FOUND,
                     metadata={"deployment": deployment},
                 )
-            self._sender.reroute(queue, route.weighted(self._draw()).queue)
+            successor = route.weighted(self._draw()).queue
+            self._move(others, queue, successor)
+            self._sender.reroute(queue, successor)
         except PenstockError as error:
             self._sender.fail(queue, error)
+
+    def _move(self, tickets: list[Ticket], queue: str, successor: str) -> None:
+        """Count requests where they are sent now."""
+        old, new = self.waitlists[queue].backlogs, self.waitlists[successor].backlogs
+        for ticket in tickets:
+            ticket.backlog.leave()
+            ticket.backlog = new[old.index(ticket.backlog)]
+            ticket.backlog.join()
+            ticket.reckoned = 0.0
 
     def resolve(self, name: str, selector: str) -> tuple[Lane, Target]:
         """Return where a request goes.
@@ -188,6 +245,7 @@ class Dispatcher:
         route = self.table.find(name)
         target = route.select(selector, self._draw())
         if not target.ready and not route.may_wait:
+            self.lanes[name].refuse(lanes.NOT_READY)
             raise not_ready(route)
         return self.lanes[name], target
 
@@ -219,19 +277,28 @@ class Dispatcher:
 
         Raises:
             NotFound: No such deployment, version or alias.
-            ResourceExhausted: Too much is unanswered already.
+            ResourceExhausted: Too much is unanswered already, or the deadline would not be met.
             DeadlineExceeded: The deadline has passed.
             Unavailable: Nothing would answer, or the gateway is shutting down.
         """
         lane, target = self.resolve(name, selector)
-        if lane.in_flight >= lane.limit:
-            raise full(lane)
+        backlog = self.waitlists[target.queue].backlogs[priority]
+        if lane.in_flight >= lane.limits[priority]:
+            lane.refuse(lanes.QUEUE_FULL)
+            raise full(lane, backlog)
         if self.draining:
+            lane.refuse(lanes.SHUTTING_DOWN)
             raise Unavailable(
                 "This gateway is shutting down. Retry: another one answers.",
                 reason=Reason.SHUTTING_DOWN,
                 retry_after_seconds=0.1,
             )
+        left = deadline - time.time()
+        # What is late already is the sender's to refuse; replicas that come back have no pace yet.
+        reckoned = backlog.enter(left if left > 0.0 and target.ready else math.inf)
+        if reckoned < 0.0:
+            lane.refuse(lanes.TOO_LATE)
+            raise too_late(lane, backlog, left)
         span = InferenceSpan(name, traceparent) if self._traced else None
         if span is not None:
             traceparent = span.traceparent
@@ -242,11 +309,15 @@ class Dispatcher:
             model_name=name,
             traceparent=traceparent,
         )
-        ticket = Ticket(self, lane, header, done)
-        self._sender.submit_call(target.queue, header, payload, priority, ticket.end)
+        ticket = Ticket(self, lane, header, done, backlog, reckoned)
+        try:
+            self._sender.submit_call(target.queue, header, payload, priority, ticket.end)
+        except BaseException:
+            backlog.leave()
+            raise
         ticket.span = span
         if selector or "@" in name:
-            ticket.selector, ticket.queue = split_name(name, selector)[1], target.queue
+            ticket.selector = split_name(name, selector)[1]
         self._tickets[header.id] = ticket
         lane.in_flight += 1
         return ticket
@@ -287,11 +358,11 @@ class Dispatcher:
         future.add_done_callback(left)
         return future
 
-    def forget(self, ticket: Ticket, code: int) -> None:
+    def forget(self, ticket: Ticket, code: int, took: float) -> None:
         """Count the end of a request; called by its ticket."""
         lane = ticket.lane
         lane.in_flight -= 1
-        lane.count(code, time.monotonic() - ticket.started)
+        lane.count(code, took)
         self._tickets.pop(ticket.header.id, None)
         if ticket.span is not None:
             ticket.span.end(code)
@@ -301,13 +372,28 @@ class Dispatcher:
         self._sender.cancel(ticket.header.id)
 
 
-def full(lane: Lane) -> ResourceExhausted:
+def full(lane: Lane, backlog: Backlog) -> ResourceExhausted:
     """Return the error of a deployment with too many unanswered requests."""
     return ResourceExhausted(
         f"Deployment {lane.route.deployment} has {lane.in_flight} unanswered requests at this gateway, "
-        f"the most it takes. Retry later, or add replicas.",
+        f"the most it takes at this priority. Retry later, or add replicas.",
         metadata={"deployment": lane.route.deployment},
-        retry_after_seconds=_RETRY_SECONDS,
+        retry_after_seconds=max(backlog.expected_wait or _RETRY_SECONDS, _MIN_RETRY_SECONDS),
+    )
+
+
+def too_late(lane: Lane, backlog: Backlog, left: float) -> ResourceExhausted:
+    """Return the error of a request that would be answered after its deadline.
+
+    The time to retry after is the time in which all that waits now is answered, at the pace measured.
+    """
+    wait = backlog.expected_wait
+    return ResourceExhausted(
+        f"Deployment {lane.route.deployment} would answer in {wait:.3g} s, and this request allows "
+        f"{left:.3g} s: {backlog.waiting + backlog.others} are ahead of it. Retry later, allow more time, "
+        "or add replicas.",
+        metadata={"deployment": lane.route.deployment, "expected_wait_ms": str(round(wait * 1000))},
+        retry_after_seconds=max(wait, _MIN_RETRY_SECONDS),
     )
 
 
@@ -319,32 +405,3 @@ def error_of(reply: Reply) -> PenstockError:
     except ValueError:
         reason = Reason.UNSPECIFIED  # a newer replica's word
     return error_for(header.code, header.message, reason=reason, metadata=dict(header.metadata))
-
-
-def bounds(parameters: Mapping[str, Parameter], deadline: float) -> tuple[float, int]:
-    """Return deadline and stream that the request parameters `timeout` and `priority` ask for.
-
-    `timeout` is in microseconds and only shortens the deadline. `priority` is Triton's: 0 is the
-    default, 1 the highest; here 1 is high, 2 normal, and all above are low.
-
-    Raises:
-        InvalidArgument: One of them is no whole number that is 0 or more.
-    """
-    timeout = _count(parameters, "timeout")
-    if timeout:
-        deadline = min(deadline, time.time() + timeout / 1e6)
-    rank = _count(parameters, "priority")
-    if rank == 1:
-        return deadline, PRIORITY_HIGH
-    return deadline, PRIORITY_LOW if rank > 2 else PRIORITY_NORMAL
-
-
-def _count(parameters: Mapping[str, Parameter], name: str) -> int:
-    value = parameters.get(name, 0)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InvalidArgument(f"The request parameter {name!r} must be a whole number, 0 or more.")
-    return value

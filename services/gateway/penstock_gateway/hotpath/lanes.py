@@ -6,6 +6,11 @@ from bisect import bisect_left
 
 from penstock_gateway.domain.routing import Route, Target
 
+# Of the places of a deployment, those kept for high priority, and for high and normal.
+_HIGHS_PART, _NORMALS_PART = 16, 8
+# Why a request is refused before it is queued.
+QUEUE_FULL, TOO_LATE, SHUTTING_DOWN, NOT_READY = "queue_full", "expected_wait", "shutting_down", "not_ready"
+
 # Seconds; from a quarter of a millisecond (the mesh's own cost) to the default deadline.
 BUCKETS = (
     0.00025,
@@ -33,29 +38,32 @@ class Lane:
     Attributes:
         route: As the scheduler last told it.
         only: The target of every request without a selector, where there is no choice; else None.
-        limit: Unanswered requests at most.
+        limits: Unanswered requests at most for one more of high, normal, low priority.
         in_flight: Unanswered requests now.
+        refused: Requests that were not queued, by reason.
         codes: Answers by canonical code.
         buckets: Answers by duration; one more than `BUCKETS`.
         seconds: Sum of the durations.
     """
 
-    __slots__ = ("buckets", "codes", "in_flight", "limit", "only", "route", "seconds")
+    __slots__ = ("buckets", "codes", "in_flight", "limits", "only", "refused", "route", "seconds")
 
     def __init__(self, route: Route) -> None:
         self.in_flight = 0
         self.codes: dict[int, int] = {}
+        self.refused: dict[str, int] = {}
         self.buckets = [0] * (len(BUCKETS) + 1)
         self.seconds = 0.0
         self.route = route
         self.only: Target | None = None
-        self.limit = 0
+        self.limits = (0, 0, 0)
         self.update(route)
 
     def update(self, route: Route) -> None:
         """Take the route as it is now."""
         self.route = route
-        self.limit = route.max_queue_depth
+        limit = route.max_queue_depth
+        self.limits = (limit, limit - limit // _HIGHS_PART, limit - limit // _NORMALS_PART)
         answering = [t for t in route.targets if t.weight > 0 and t.ready]
         self.only = answering[0] if len(answering) == 1 else None
 
@@ -64,3 +72,7 @@ class Lane:
         self.codes[code] = self.codes.get(code, 0) + 1
         self.buckets[bisect_left(BUCKETS, seconds)] += 1
         self.seconds += seconds
+
+    def refuse(self, reason: str) -> None:
+        """Count one request that was not queued."""
+        self.refused[reason] = self.refused.get(reason, 0) + 1
