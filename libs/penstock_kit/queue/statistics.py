@@ -1,6 +1,7 @@
 """What can be seen of a queue from outside: its depth, its replicas' counters, its dead letters."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -51,6 +52,14 @@ async def read_statistics(connection: Connection, queue: str) -> dict[str, Repli
 async def read_depth(connection: Connection, queue: str) -> int:
     """Count the requests in a queue, those being computed included; raises like ``read_statistics``."""
     return sum(await connection.pipeline([("XLEN", stream) for stream in keys.streams(queue)]))
+
+
+async def read_depths(connection: Connection, queues: Sequence[str]) -> list[tuple[int, ...]]:
+    """Count the requests in several queues, by priority; raises like ``read_statistics``."""
+    streams = [stream for queue in queues for stream in keys.streams(queue)]
+    lengths = await connection.pipeline([("XLEN", stream) for stream in streams])
+    width = len(keys.PRIORITIES)
+    return [tuple(lengths[at : at + width]) for at in range(0, len(lengths), width)]
 
 
 async def dead_letters(connection: Connection, queue: str, limit: int = 100) -> list[DeadLetter]:

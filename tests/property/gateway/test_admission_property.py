@@ -8,7 +8,7 @@ from support.queue_simulation import Load, Model, Simulation
 
 @st.composite
 def models(draw: st.DrawFn) -> Model:
-    """Models of 5 to 60 ms for a full call, from those that gain nothing by batching to those that do much."""
+    """Models of 5 to 60 ms for a full call; some gain nothing by batching, some much."""
     batch = draw(st.sampled_from([1, 4, 16, 64]))
     full = draw(st.floats(0.005, 0.06))
     fixed = full * draw(st.floats(0.0, 1.0))

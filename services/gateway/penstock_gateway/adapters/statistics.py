@@ -1,8 +1,10 @@
-"""Reads what replicas publish about themselves in Redis."""
+"""Reads what Redis has of queues: their depths, and what replicas publish about themselves."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import hiredis
 
@@ -11,7 +13,9 @@ from penstock_gateway.domain.statistics import Batch, Counters
 from penstock_kit.errors import PenstockError, Unavailable
 from penstock_kit.queue.address import Address
 from penstock_kit.queue.connection import Connection
-from penstock_kit.queue.statistics import read_statistics
+from penstock_kit.queue.statistics import read_depths, read_statistics
+
+T = TypeVar("T")
 
 _CONNECT_SECONDS = 5.0
 
@@ -45,10 +49,21 @@ class StatisticsReader:
         Raises:
             Unavailable: Redis cannot be reached.
         """
+        found = await self._ask(lambda connection: read_statistics(connection, queue))
+        return [to_counters(one) for one in found.values()]
+
+    async def depths(self, queues: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return how many requests each queue holds, by priority, those being computed included.
+
+        Raises:
+            Unavailable: Redis cannot be reached.
+        """
+        return await self._ask(lambda connection: read_depths(connection, queues))
+
+    async def _ask(self, question: Callable[[Connection], Awaitable[T]]) -> T:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
-                connection = await self._connect()
-                return [to_counters(found) for found in (await read_statistics(connection, queue)).values()]
+                return await question(await self._connect())
         except (PenstockError, hiredis.ReplyError, OSError, TimeoutError) as error:
             await self.stop()
             raise Unavailable(f"The statistics cannot be read from Redis now: {error}") from error

@@ -12,6 +12,8 @@ from penstock_gateway.hotpath.dispatch import Dispatcher
 from penstock_gateway.hotpath.lanes import BUCKETS
 from penstock_kit.errors import Code
 
+_PRIORITIES = ("high", "normal", "low")
+
 
 class GatewayCollector(Collector):
     """Makes metrics out of what the dispatcher counts.
@@ -41,7 +43,14 @@ class GatewayCollector(Collector):
             "1 while a replica of the deployment would answer.",
             labels=["deployment"],
         )
+        refused = CounterMetricFamily(
+            "penstock_gateway_inferences_refused",
+            "Inferences refused before they were queued.",
+            labels=["deployment", "reason"],
+        )
         for name, lane in list(self._dispatcher.lanes.items()):
+            for reason, count in lane.refused.items():
+                refused.add_metric([name, reason], count)
             for code, count in lane.codes.items():
                 answers.add_metric([name, Code(code).name], count)
             waiting.add_metric([name], lane.in_flight)
@@ -52,13 +61,41 @@ class GatewayCollector(Collector):
                 cumulative += count
                 buckets.append((str(bound) if bound != float("inf") else "+Inf", cumulative))
             seconds.add_metric([name], buckets, lane.seconds)
-        yield from (answers, waiting, seconds, ready)
+        yield from (answers, waiting, seconds, ready, refused)
+        yield from self._queues()
         generation = GaugeMetricFamily("penstock_gateway_route_generation", "Of the routing table.")
         generation.add_metric([], self._dispatcher.table.generation)
         yield generation
         well = GaugeMetricFamily("penstock_gateway_ready", "1 while inferences can be queued.")
         well.add_metric([], float(not self._dispatcher.problem))
         yield well
+
+    def _queues(self) -> Iterator[Metric]:
+        labels = ["deployment", "version", "priority"]
+        ahead = GaugeMetricFamily(
+            "penstock_gateway_queue_ahead",
+            "Inferences that wait or are computed, those of other gateways included.",
+            labels=labels,
+        )
+        wait = GaugeMetricFamily(
+            "penstock_gateway_queue_expected_wait_seconds",
+            "When an inference that came now would be answered; 0 while the pace is unknown.",
+            labels=labels,
+        )
+        pace = GaugeMetricFamily(
+            "penstock_gateway_queue_answers_per_second",
+            "Pace at which this gateway's inferences are answered while they wait; 0 while unknown.",
+            labels=labels,
+        )
+        for name, route in self._dispatcher.table.routes.items():
+            for target in route.targets:
+                waitlist = self._dispatcher.waitlists[target.queue]
+                for priority, backlog in zip(_PRIORITIES, waitlist.backlogs, strict=True):
+                    where = [name, str(target.version), priority]
+                    ahead.add_metric(where, backlog.waiting + backlog.others)
+                    wait.add_metric(where, backlog.expected_wait)
+                    pace.add_metric(where, backlog.answers_per_second)
+        yield from (ahead, wait, pace)
 
 
 class Metrics:

@@ -68,6 +68,7 @@ class Backlog:
         others: Unanswered requests of other gateways, as last counted.
         seconds_each: Expected time for each that waits ahead; 0 while unknown.
         margin: How much later than reckoned 95 % of the answers come at most.
+        room: With fewer ahead, there may be room in a batch that is not computed yet; see rule 3.
     """
 
     __slots__ = (
@@ -82,11 +83,11 @@ class Backlog:
         "_left_behind",
         "_reach",
         "_replicas",
-        "_room",
         "_since",
         "_time",
         "margin",
         "others",
+        "room",
         "seconds_each",
         "waiting",
     )
@@ -97,8 +98,7 @@ class Backlog:
         self.seconds_each = 0.0
         self.margin = 0.0
         self._replicas = 1
-        # Fewer ahead than this find room in a batch; see rule 3.
-        self._room = 2.0
+        self.room = 2.0
         # Ahead of a request at most, for the figures to say something about it.
         self._reach = 0.0
         self._forget()
@@ -144,7 +144,7 @@ class Backlog:
         """
         ahead = self.waiting + self.others
         wait = 0.0
-        if ahead >= self._room:
+        if ahead >= self.room:
             wait = ahead * self.seconds_each
             if wait > left / 2 and ahead <= self._reach and wait + self.margin > left - left * _WAY_BACK:
                 return -1.0
@@ -194,7 +194,7 @@ class Backlog:
         The pace is expected to follow their number.
         """
         count = max(count, 1)
-        self._room = 2 * count * max(requests_per_call, 1.0)
+        self.room = 2 * count * max(requests_per_call, 1.0)
         if count != self._replicas:
             self._time *= self._replicas / count
             self._replicas = count
@@ -277,6 +277,11 @@ class Waitlist:
         """Unanswered requests of this process."""
         return sum([backlog.waiting for backlog in self.backlogs])
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits, here or at another gateway, as far as known."""
+        return any(backlog.waiting or backlog.others for backlog in self.backlogs)
+
     def offer(self, replicas: int, max_rows: int) -> None:
         """Take how many replicas answer now, and how many rows one call of the model takes at most."""
         self._replicas, self._max_rows = replicas, max(max_rows, 1)
@@ -293,6 +298,11 @@ class Waitlist:
         for backlog, own, depth in zip(self.backlogs, before, depths, strict=True):
             others = depth - max(own, backlog.waiting)
             backlog.see_others(others if others > depth * _OWN_SHARE else 0)
+
+    def alone(self) -> None:
+        """Forget what waits at other gateways."""
+        for backlog in self.backlogs:
+            backlog.see_others(0)
 
     def see_totals(self, requests: int, rows: int) -> None:
         """Take how many requests the replicas have answered, and how many rows those had, ever.

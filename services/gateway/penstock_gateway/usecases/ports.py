@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,4 +67,12 @@ class Statistics(Protocol):
 
     async def read(self, queue: str) -> list[Counters]:
         """Return the counters of a queue's replicas."""
+        ...
+
+
+class Queues(Statistics, Protocol):
+    """What can be seen of queues from outside."""
+
+    async def depths(self, queues: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return how many requests each queue holds, by priority, those being computed included."""
         ...
