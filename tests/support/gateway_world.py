@@ -1,7 +1,7 @@
 """What a gateway sees of the world, and a gateway process in it.
 
 Scheduler and registry are real gRPC servers that do as a test says; the replica is a thread that reads a
-real queue; the gateway is the real process, under Envoy or hypercorn.
+real queue; the gateway is the real process.
 """
 
 from __future__ import annotations
@@ -377,12 +377,6 @@ class GatewayProcess:
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(PATIENCE_SECONDS)
-
-    def envoy(self) -> int:
-        """The process id of its Envoy."""
-        assert self.process is not None
-        (child,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(child)
 
 
 def is_error(error: BaseException) -> PenstockError:

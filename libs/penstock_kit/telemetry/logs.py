@@ -54,5 +54,5 @@ def configure_logging(service: str, *, level: str = "INFO", style: str = "json")
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s {service} %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # Their INFO lines are per call and say nothing that ours do not.
-    for noisy in ("httpx", "httpcore", "alembic.runtime.plugins", "hypercorn.access"):
+    for noisy in ("httpx", "httpcore", "alembic.runtime.plugins"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

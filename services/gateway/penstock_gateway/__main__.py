@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 
-from penstock_gateway.api.server import envoy
+from penstock_gateway.app import serve
 from penstock_gateway.settings import GatewaySettings
-from penstock_kit.errors import FailedPrecondition, PenstockError
+from penstock_kit.errors import PenstockError
 from penstock_kit.lifecycle import run
 from penstock_kit.telemetry import configure_logging
 
@@ -16,21 +15,6 @@ _USAGE = """usage: penstock-gateway
 
 Runs one gateway process until SIGTERM. Settings are environment variables:
 """
-
-
-async def serve(settings: GatewaySettings, stopping: asyncio.Event) -> None:
-    """Serve with the server that the settings ask for, and that can run here."""
-    why = "PENSTOCK_GATEWAY_SERVER=hypercorn" if settings.gateway_server == "hypercorn" else envoy.why_not()
-    if not why:
-        await envoy.EnvoyServer(settings).run(stopping)
-        return
-    if settings.gateway_server == "envoy":
-        raise FailedPrecondition(f"Envoy cannot run here: {why}.")
-    # Imported here: under Envoy this process only supervises and stays small.
-    from penstock_gateway.api.server.hypercorn import HypercornServer
-    from penstock_gateway.app import application
-
-    await HypercornServer(settings, application, why).run(stopping)
 
 
 def main() -> int:

@@ -1,17 +1,12 @@
-"""Puts the gateway together: the only module that makes adapters.
-
-`application` is what an ASGI server runs. Everything is made when the server says that it starts
-(ASGI's lifespan), inside the process and on the event loop that serve.
-"""
+"""Puts the gateway together: the only module that makes adapters."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
-import os
 import time
 import uuid
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -22,12 +17,12 @@ from penstock_gateway.adapters.routes import RouteWatcher
 from penstock_gateway.adapters.services import RegistryClient, SchedulerClient
 from penstock_gateway.adapters.statistics import StatisticsReader
 from penstock_gateway.api.grpc import gateway, health, oip, passthrough, reflection
+from penstock_gateway.api.listener import open_listener
 from penstock_gateway.api.metrics import GatewayCollector
 from penstock_gateway.api.rest.service import RestService
 from penstock_gateway.api.router import Router
-from penstock_gateway.api.server.control import Control
 from penstock_gateway.hotpath.dispatch import Dispatcher
-from penstock_gateway.hotpath.grpc_framing import Receive, Scope, Send
+from penstock_gateway.hotpath.http.server import HttpServer
 from penstock_gateway.hotpath.infer import InferHandler
 from penstock_gateway.settings import GatewaySettings
 from penstock_gateway.usecases.catalog import Catalog
@@ -37,7 +32,6 @@ from penstock_kit.queue.sender import RequestSender
 from penstock_kit.telemetry import (
     MetricsServer,
     Readings,
-    configure_logging,
     configure_tracing,
     shutdown_tracing,
 )
@@ -52,6 +46,10 @@ MANAGED = (REGISTRY, SCHEDULER)
 # What open requests hold lives for milliseconds and is freed by its reference counts. By default the
 # collector looks at it after each 700 objects, which are a few dozen open requests.
 GC_OBJECTS = 20_000
+# Callers who are told to go elsewhere still send what they have begun.
+_FAREWELL_SECONDS = 0.5
+_LAST_SECONDS = 1.0
+_LOOK_SECONDS = 0.02
 STREAMS = frozenset(
     {
         *(
@@ -73,10 +71,10 @@ class Gateway:
 
     Args:
         settings: What it was told.
-        server: What carries it: envoy or hypercorn.
     """
 
-    def __init__(self, settings: GatewaySettings, server: str) -> None:
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._drain_seconds = settings.gateway_drain_seconds
         self.name = settings.gateway_name or f"gateway-{uuid.uuid4().hex[:12]}"
         limit, timeout = settings.max_message_bytes, settings.gateway_default_timeout_seconds
         self._tasks = TaskSet()
@@ -88,7 +86,6 @@ class Gateway:
             self._sender, default_timeout=timeout, traced=bool(settings.otlp_endpoint)
         )
         self._watcher = RouteWatcher(self._scheduler.channel, self.name, self._dispatcher.update)
-        self._control = Control.from_environment(self._dispatcher, settings.gateway_drain_seconds)
         # /metrics on the shared port is answered by any of the gateways that share it; this, by one.
         numbers = CollectorRegistry()
         self._readings = Readings(GatewayCollector(self._dispatcher).collect, registry=numbers)
@@ -105,7 +102,7 @@ class Gateway:
         carried = (oip.SERVICE, gateway.SERVICE, health.SERVICE, *(s.full_name for s in MANAGED))
         methods = {
             **oip.OipService(catalog, repository, self._dispatcher).handlers(),
-            **gateway.GatewayService(self.name, server, self._dispatcher, self._dependencies).handlers(),
+            **gateway.GatewayService(self.name, self._dispatcher, self._dependencies).handlers(),
             **health.HealthService(self._dispatcher, frozenset(carried)).handlers(),
             **reflection.ReflectionService(carried).handlers(),
             **passthrough.handlers(REGISTRY, self._registry.raw),
@@ -122,6 +119,16 @@ class Gateway:
             default_timeout=timeout,
             stream_timeout=settings.gateway_stream_timeout_seconds,
         )
+        self._server = HttpServer(
+            self.router.serve, self.router.plan, max_body_bytes=settings.gateway_max_body_bytes
+        )
+        self._listener = open_listener(settings)
+
+    @property
+    def address(self) -> str:
+        """Where it listens: host:port."""
+        host, port = self._listener.getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def start(self) -> None:
         """Begin; the parts behind may be away, which health then says."""
@@ -130,13 +137,26 @@ class Gateway:
         await self._metrics.start()
         self._tasks.run_forever("routes", self._watcher.run)
         self._tasks.run_forever("registry health", self._registry.look)
-        if self._control is not None:
-            await self._control.start()
+        await self._server.start(self._listener)
+
+    async def drain(self) -> None:
+        """Take no new connections, let open calls end, as long as the settings allow.
+
+        Callers are first asked to go elsewhere, and those who call meanwhile are still served: refused,
+        they would try again over the same connection until their retry policy gives up.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._drain_seconds
+        self._server.refuse_new()
+        await asyncio.sleep(min(_FAREWELL_SECONDS, self._drain_seconds / 2))
+        self._dispatcher.draining = True
+        while self._dispatcher.in_flight and loop.time() < end:  # noqa: ASYNC110 - each tick of calls ends some
+            await asyncio.sleep(_LOOK_SECONDS)
+        await self._server.stop(max(min(end - loop.time(), _LAST_SECONDS), 0))
 
     async def stop(self) -> None:
         """End in reverse."""
-        if self._control is not None:
-            await self._control.stop()
+        await self._server.stop(0)
         await self._tasks.stop()
         await self._registry.close()
         await self._scheduler.close()
@@ -153,66 +173,31 @@ class Gateway:
         ]
 
 
-class Application:
-    """The ASGI application: made at import, filled at start."""
+async def serve(settings: GatewaySettings, stopping: asyncio.Event) -> None:
+    """Run one gateway until it is told to stop.
 
-    # Says to servers that look before they call that this is ASGI 3: __call__ gives an awaitable.
-    _asgi_single_callable = True
-
-    def __init__(self) -> None:
-        self._gateway: Gateway | None = None
-        self._serve: Any = self._not_started
-
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
-        """Serve one request, or the life of the server."""
-        if scope["type"] == "http":
-            return self._serve(scope, receive, send)
-        return self._lifespan(scope, receive, send)
-
-    async def _not_started(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise RuntimeError("The ASGI server did not announce its start (lifespan).")
-
-    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan":
-            raise RuntimeError(f"ASGI {scope['type']} is not served here.")
-        while True:
-            event = await receive()
-            kind = event["type"]
-            if kind == "lifespan.startup":
-                try:
-                    await self._start()
-                except Exception as error:
-                    log.exception("the gateway cannot start")
-                    await send({"type": "lifespan.startup.failed", "message": str(error)})
-                    return
-            elif kind == "lifespan.shutdown":
-                await self._stop()
-            await send({"type": f"{kind}.complete"})
-            if kind == "lifespan.shutdown":
-                return
-
-    async def _start(self) -> None:
-        began = time.monotonic()
-        settings = GatewaySettings.load()
-        configure_logging(SERVICE, level=settings.log_level, style=settings.log_format)
-        configure_tracing(SERVICE, settings.otlp_endpoint)
-        server = os.environ.get("PENSTOCK_GATEWAY_CARRIER", "asgi")
-        self._gateway = Gateway(settings, server)
-        await self._gateway.start()
-        self._serve = self._gateway.router
+    Raises:
+        Unavailable: The port is taken.
+    """
+    began = time.monotonic()
+    configure_tracing(SERVICE, settings.otlp_endpoint)
+    gateway = Gateway(settings)
+    try:
+        await gateway.start()
         # What is loaded stays: the collector need not look at it again.
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_OBJECTS, 10, 10)
         log.info(
-            "gateway",
-            extra={"gateway": self._gateway.name, "server": server, "seconds": time.monotonic() - began},
+            "listening",
+            extra={
+                "address": gateway.address,
+                "gateway": gateway.name,
+                "seconds": round(time.monotonic() - began, 3),
+            },
         )
-
-    async def _stop(self) -> None:
-        if self._gateway is not None:
-            await self._gateway.stop()
+        await stopping.wait()
+        await gateway.drain()
+    finally:
+        await gateway.stop()
         shutdown_tracing()
-
-
-application = Application()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -15,9 +15,6 @@ class GatewaySettings(ServiceSettings):
 
     gateway_listen: str = Field(
         "127.0.0.1:8080", description="host:port of the one door; port 0 takes a free one"
-    )
-    gateway_server: Literal["auto", "envoy", "hypercorn"] = Field(
-        "auto", description="What carries it; auto is envoy, or hypercorn (slower) where Envoy cannot run"
     )
     gateway_share_port: bool = Field(
         False, description="Share the port with other gateway processes of this user (SO_REUSEPORT)"
@@ -34,7 +31,9 @@ class GatewaySettings(ServiceSettings):
     gateway_drain_seconds: float = Field(
         10.0, ge=0, le=600, description="Time for open calls to end after SIGTERM"
     )
-    gateway_envoy_threads: int = Field(1, ge=1, le=64, description="Envoy's own worker threads")
+    gateway_max_body_bytes: int = Field(
+        1 << 30, gt=0, description="Bytes of unfinished request bodies held at most, over all connections"
+    )
 
     @property
     def host(self) -> str:

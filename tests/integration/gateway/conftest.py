@@ -5,20 +5,10 @@ import grpc
 import httpx
 import pytest
 
-from penstock_gateway.api.server import envoy
 from penstock_kit.queue.keys import queue_name
 from penstock_local.embedded import EmbeddedRedis
 from support import gateway_world
 from support.gateway_world import GatewayProcess, Replica, World
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is about Envoy where it cannot run: the gateway falls back to Hypercorn there."""
-    if why := envoy.why_not():
-        skip = pytest.mark.skip(reason=f"Envoy cannot run here: {why}")
-        for item in items:
-            if item.path.is_relative_to(Path(__file__).parent) and "envoy" in item.name:
-                item.add_marker(skip)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +27,8 @@ def replica(redis_server: EmbeddedRedis) -> Iterator[Replica]:
     made.stop()
 
 
-@pytest.fixture(scope="module", params=["envoy", "hypercorn"])
+@pytest.fixture(scope="module")
 def gateway(
-    request: pytest.FixtureRequest,
     world: World,
     replica: Replica,
     redis_server: EmbeddedRedis,
@@ -50,7 +39,6 @@ def gateway(
         world,
         redis_server.url,
         tmp_path_factory.mktemp("g"),
-        PENSTOCK_GATEWAY_SERVER=request.param,
         PENSTOCK_MAX_MESSAGE_BYTES=str(4 << 20),
     ).start()
     yield made

@@ -1,4 +1,4 @@
-"""The gateway as a process: how it starts, refuses to start, drains, ends, and never leaves Envoy behind."""
+"""The gateway as a process: how it starts, refuses to start, drains, ends."""
 
 import asyncio
 import os
@@ -30,13 +30,6 @@ def own(world: World, redis_server: EmbeddedRedis, tmp_path: Path) -> Iterator[l
         one.stop(signal.SIGKILL)
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def run_until_end(**settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "penstock_gateway"],
@@ -48,13 +41,12 @@ def run_until_end(**settings: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("server", ["envoy", "hypercorn"])
-def test_a_taken_port_is_told_in_one_line(server: str) -> None:
+def test_a_taken_port_is_told_in_one_line() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = f"127.0.0.1:{other.getsockname()[1]}"
-        ended = run_until_end(PENSTOCK_GATEWAY_LISTEN=taken, PENSTOCK_GATEWAY_SERVER=server)
+        ended = run_until_end(PENSTOCK_GATEWAY_LISTEN=taken)
     assert ended.returncode == 1
     assert f"error: Cannot listen on {taken}" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -69,40 +61,11 @@ def test_another_address_than_loopback_is_refused_with_the_reason(address: str) 
         assert "no API keys yet" in ended.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_envoy_never_outlives_the_gateway(
-    world: World, redis_url: str, tmp_path: Path, own: list[GatewayProcess], number: int
-) -> None:
-    gateway = GatewayProcess(world, redis_url, tmp_path).start()
-    own.append(gateway)
-    envoy = gateway.envoy()
-    assert alive(envoy)
-    status = gateway.stop(number)
-    assert status == (0 if number == signal.SIGTERM else -signal.SIGKILL)
-    wait_until(lambda: not alive(envoy), "Envoy to end")
-    with pytest.raises(httpx.TransportError):
-        httpx.get(gateway.url, trust_env=False)
-
-
-def test_the_gateway_ends_when_envoy_does(
+async def test_calls_under_way_are_answered_before_the_end(
     world: World, redis_url: str, tmp_path: Path, own: list[GatewayProcess]
 ) -> None:
-    gateway = GatewayProcess(world, redis_url, tmp_path).start()
-    own.append(gateway)
-    # The door answers a moment before the gateway knows that its start is over.
-    wait_until(lambda: '"message": "listening"' in gateway.text(), "the start is over")
-    os.kill(gateway.envoy(), signal.SIGKILL)
-    assert gateway.process is not None
-    assert gateway.process.wait(30) == 1
-    assert "Envoy ended by itself" in gateway.text()
-
-
-@pytest.mark.parametrize("server", ["envoy", "hypercorn"])
-async def test_calls_under_way_are_answered_before_the_end(
-    world: World, redis_url: str, tmp_path: Path, own: list[GatewayProcess], server: str
-) -> None:
     world.offer("slow")
-    gateway = GatewayProcess(world, redis_url, tmp_path, PENSTOCK_GATEWAY_SERVER=server).start()
+    gateway = GatewayProcess(world, redis_url, tmp_path).start()
     own.append(gateway)
     async with httpx.AsyncClient(base_url=gateway.url, timeout=30, trust_env=False) as http:
         await until_routed(http, "slow")

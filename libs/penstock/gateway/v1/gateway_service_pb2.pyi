@@ -27,7 +27,6 @@ class Gateway(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
-    SERVER_FIELD_NUMBER: _builtins.int
     UPTIME_FIELD_NUMBER: _builtins.int
     DEPENDENCIES_FIELD_NUMBER: _builtins.int
     ROUTE_GENERATION_FIELD_NUMBER: _builtins.int
@@ -37,8 +36,6 @@ class Gateway(_message.Message):
     """Output only. Name of the process, unique while it lives."""
     release: _builtins.str
     """Output only. Release."""
-    server: _builtins.str
-    """Output only. Which server carries it: envoy or hypercorn."""
     route_generation: _builtins.int
     """Output only. Generation of its routing table; 0 before the first."""
     calls_in_flight: _builtins.int
@@ -60,7 +57,6 @@ class Gateway(_message.Message):
         *,
         name: _builtins.str = ...,
         release: _builtins.str = ...,
-        server: _builtins.str = ...,
         uptime: _duration_pb2.Duration | None = ...,
         dependencies: _abc.Iterable[Global___Dependency] | None = ...,
         route_generation: _builtins.int = ...,
@@ -69,7 +65,7 @@ class Gateway(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_in_flight", b"calls_in_flight", "dependencies", b"dependencies", "name", b"name", "release", b"release", "route_generation", b"route_generation", "routes", b"routes", "server", b"server", "uptime", b"uptime"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_in_flight", b"calls_in_flight", "dependencies", b"dependencies", "name", b"name", "release", b"release", "route_generation", b"route_generation", "routes", b"routes", "uptime", b"uptime"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

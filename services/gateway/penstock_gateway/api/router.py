@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from penstock_gateway.api.grpc.methods import unknown
 from penstock_gateway.api.rest.service import RestService
-from penstock_gateway.hotpath.grpc_framing import Handler, Receive, Scope, Send, error_headers, refuse, serve
+from penstock_gateway.hotpath.grpc_framing import Handler, error_headers, refuse, serve
+from penstock_gateway.hotpath.http.head import Head
+from penstock_gateway.hotpath.http.ports import Plan, Receive, Scope, Send
 from penstock_gateway.hotpath.infer import InferHandler
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -15,7 +16,7 @@ _GRPC = b"application/grpc"
 
 
 class Router:
-    """The ASGI application between its start and its end.
+    """What the server asks about each call.
 
     Args:
         infer: Serves ModelInfer.
@@ -44,14 +45,20 @@ class Router:
         self._limit = limit
         self._timeouts = {path: stream_timeout if path in streams else default_timeout for path in methods}
 
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
-        """Serve one request."""
-        path = scope["path"]
-        if path == INFER:
-            return self._infer(scope, receive, send)
-        if _is_grpc(scope):
-            return self._call(path, scope, receive, send)
-        return self._rest.serve(scope, receive, send)
+    def plan(self, head: Head) -> Plan | None:
+        """Return how calls with a head are served without a task; None if `serve` must."""
+        if head.version != "2":
+            return self._rest.plan(head)
+        if head.path == INFER:
+            return self._infer.plan(head)
+        return None if _is_grpc(head.headers) else self._rest.plan(head)
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one call as ASGI."""
+        if scope["http_version"] == "2" and _is_grpc(scope["headers"]):
+            await self._call(scope["path"], scope, receive, send)
+        else:
+            await self._rest.serve(scope, receive, send)
 
     async def _call(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         handler = self._methods.get(path)
@@ -62,9 +69,8 @@ class Router:
         await serve(handler, scope, receive, send, limit=self._limit, default_timeout=timeout)
 
 
-def _is_grpc(scope: Scope) -> bool:
-    for name, value in scope["headers"]:
+def _is_grpc(headers: list[tuple[bytes, bytes]]) -> bool:
+    for name, value in headers:
         if name == b"content-type":
-            kind: bytes = value
-            return kind.startswith(_GRPC) and kind[len(_GRPC) :][:1] in (b"", b"+", b";")
+            return value.startswith(_GRPC) and value[len(_GRPC) :][:1] in (b"", b"+", b";")
     return False

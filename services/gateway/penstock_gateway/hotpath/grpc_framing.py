@@ -1,4 +1,4 @@
-"""gRPC over ASGI: calls with any number of messages on either side, on any server that has trailers.
+"""gRPC over ASGI: calls with any number of messages on either side.
 
 A handler gets a `Call`: it reads messages, writes messages, returns, or raises an error of the tree. What
 the protocol asks for beside that (deadline, compression, status and details in trailers, cancellation,
@@ -12,10 +12,11 @@ import base64
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
+from penstock_gateway.hotpath.http.ports import ClientGone, Headers, Receive, Scope, Send
 from penstock_gateway.hotpath.messages import ACCEPTED_ENCODINGS, MessageReader, frame
 from penstock_kit.errors import (
     Cancelled,
@@ -31,14 +32,11 @@ from penstock_kit.telemetry import tracing
 
 log = logging.getLogger(__name__)
 
-Scope = Mapping[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 Handler = Callable[["Call"], Awaitable[None]]
-Headers = Iterable[tuple[bytes, bytes]]
 
 CONTENT_TYPE = (b"content-type", b"application/grpc")
-_ACCEPT_ENCODING = (b"grpc-accept-encoding", ",".join(ACCEPTED_ENCODINGS).encode())
+# What a caller whose message could not be read needs to know.
+ACCEPT_ENCODING = (b"grpc-accept-encoding", ",".join(ACCEPTED_ENCODINGS).encode())
 # ASGI messages are read by servers and never changed, so those without a variable part exist once.
 START = {
     "type": "http.response.start",
@@ -46,8 +44,7 @@ START = {
     "headers": [CONTENT_TYPE],
     "trailers": True,
 }
-# What a caller whose message could not be read needs to know.
-_START_REFUSED = {**START, "headers": [CONTENT_TYPE, _ACCEPT_ENCODING]}
+_START_REFUSED = {**START, "headers": [CONTENT_TYPE, ACCEPT_ENCODING]}
 END_BODY = {"type": "http.response.body", "body": b"", "more_body": False}
 OK_TRAILERS = {"type": "http.response.trailers", "headers": [(b"grpc-status", b"0")], "more_trailers": False}
 
@@ -55,8 +52,6 @@ _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-
 # gRPC allows 11,000 years, which its own library for Python takes for a moment in the past.
 _LONGEST_SECONDS = 365 * 24 * 3600.0
 _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
-# A caller who left is noticed within this time where the server must be asked (Envoy); see `watch`.
-DISCONNECT_POLL_SECONDS = 0.25
 
 
 def parse_timeout(value: bytes) -> float:
@@ -93,39 +88,32 @@ def hide(error: BaseException, what: str) -> Internal:
 
 
 async def refuse(send: Send, trailers: Headers) -> None:
-    """Answer a call that has no message with its status.
-
-    Not as headers alone ("trailers-only"): hypercorn ends those with an empty data frame, which gRPC's
-    clients do not accept.
-    """
+    """Answer a call that has no message with its status."""
     await send(_START_REFUSED)
     await send(END_BODY)
     await send({"type": "http.response.trailers", "headers": [*trailers], "more_trailers": False})
 
 
-async def hear(receive: Receive) -> dict[str, Any]:
-    """Return the next ASGI event, in a way that may be cancelled.
-
-    Under Envoy, `receive` gives a future that Envoy's side will complete, and that must not be cancelled.
-    """
-    event = receive()
-    return await (asyncio.shield(event) if asyncio.isfuture(event) else event)
-
-
-async def say(send: Send, event: dict[str, Any]) -> None:
-    """Send an ASGI event, in a way that may be cancelled; see `hear`."""
-    sent = send(event)
-    await (asyncio.shield(sent) if asyncio.isfuture(sent) else sent)
-
-
 async def watch(receive: Receive) -> None:
-    """Return when the caller has gone away. The request's body must have been read to its end.
+    """Return when the caller has gone away. The request's body must have been read to its end."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
-    Some servers (hypercorn) block until then; under Envoy each question is answered at once, so that it
-    is put again after a pause.
+
+def encodings(headers: Mapping[bytes, bytes]) -> tuple[str, str]:
+    """Return how a caller compresses, and how it wants to be answered: as it does itself, or "".
+
+    Raises:
+        Unimplemented: Its encoding is not known here.
     """
-    while (await hear(receive))["type"] != "http.disconnect":  # noqa: ASYNC110 - there is no event for it
-        await asyncio.sleep(DISCONNECT_POLL_SECONDS)
+    encoding = headers.get(b"grpc-encoding", b"identity").decode("latin-1")
+    if encoding not in ACCEPTED_ENCODINGS:
+        known = ", ".join(ACCEPTED_ENCODINGS)
+        raise Unimplemented(f"grpc-encoding {encoding[:32]!r} is not known here; use one of {known}.")
+    if encoding == "identity":
+        return encoding, ""
+    accepted = headers.get(b"grpc-accept-encoding", b"").decode("latin-1")
+    return encoding, encoding if encoding in [e.strip() for e in accepted.split(",")] else ""
 
 
 class Call:
@@ -164,14 +152,8 @@ class Call:
         self.trailers: list[tuple[bytes, bytes]] = []
         timeout = self.headers.get(b"grpc-timeout")
         self.deadline = time.time() + (default_timeout if timeout is None else parse_timeout(timeout))
-        encoding = self.headers.get(b"grpc-encoding", b"identity").decode("latin-1")
-        if encoding not in ACCEPTED_ENCODINGS:
-            known = ", ".join(ACCEPTED_ENCODINGS)
-            raise Unimplemented(f"grpc-encoding {encoding[:32]!r} is not known here; use one of {known}.")
+        encoding, self.response_encoding = encodings(self.headers)
         self._reader = MessageReader(encoding, limit)
-        accepted = self.headers.get(b"grpc-accept-encoding", b"").decode("latin-1")
-        mirrored = encoding in ("gzip", "deflate") and encoding in [e.strip() for e in accepted.split(",")]
-        self.response_encoding = encoding if mirrored else ""
 
     @property
     def traceparent(self) -> str:
@@ -198,7 +180,7 @@ class Call:
                 if self._reader.pending:
                     raise InvalidArgument("The stream ends within a message.", reason=Reason.MALFORMED_BODY)
                 return None
-            event = await hear(self._receive)
+            event = await self._receive()
             if event["type"] != "http.request":
                 raise Cancelled
             self._reader.feed(event.get("body", b""))
@@ -221,7 +203,7 @@ class Call:
         """Send one message; waits while the caller does not read."""
         await self.open()
         body = frame(message, self.response_encoding)
-        await say(self._send, {"type": "http.response.body", "body": body, "more_body": True})
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def open(self) -> None:
         """Send the response's headers, if they were not sent yet."""
@@ -231,7 +213,7 @@ class Call:
             if self.response_encoding:
                 encoding = (b"grpc-encoding", self.response_encoding.encode())
                 start = {**START, "headers": [*START["headers"], encoding]}  # type: ignore[misc]
-            await say(self._send, start)
+            await self._send(start)
 
     async def close(self, trailers: list[tuple[bytes, bytes]]) -> None:
         """Send the status."""
@@ -286,18 +268,16 @@ async def serve(
         trailers = error_headers(DeadlineExceeded())
     except PenstockError as error:
         trailers = error_headers(error)
+    except ClientGone:
+        return int(Cancelled.code)
     except Exception as error:  # noqa: BLE001 - the edge: nothing unknown may leak
-        if type(error).__name__ == "ClientDisconnectedError":  # Envoy's way of saying that nobody reads
-            return int(Cancelled.code)
         trailers = error_headers(hide(error, scope["path"]))
     try:
         if call is None:
             await refuse(send, trailers)
         else:
             await call.close(trailers)
-    except Exception as error:
-        if type(error).__name__ != "ClientDisconnectedError":
-            raise
+    except ClientGone:
         return int(Cancelled.code)
     return int(dict(trailers).get(b"grpc-status", b"0"))
 

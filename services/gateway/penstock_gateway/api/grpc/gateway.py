@@ -21,14 +21,12 @@ class GatewayService:
 
     Args:
         name: Of this process.
-        server: What carries it.
         dispatcher: Knows routes and open calls.
         dependencies: Gives the name of each dependency and what is wrong with it ("" if nothing).
     """
 
-    def __init__(self, name: str, server: str, dispatcher: Dispatcher, dependencies: Dependencies) -> None:
+    def __init__(self, name: str, dispatcher: Dispatcher, dependencies: Dependencies) -> None:
         self._name = name
-        self._server = server
         self._dispatcher = dispatcher
         self._dependencies = dependencies
         self._began = time.monotonic()
@@ -46,7 +44,6 @@ class GatewayService:
         out = gateway.Gateway(
             name=self._name,
             release=RELEASE,
-            server=self._server,
             route_generation=table.generation,
             calls_in_flight=self._dispatcher.in_flight,
         )

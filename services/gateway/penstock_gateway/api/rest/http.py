@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
-from penstock_gateway.hotpath.grpc_framing import Receive, Scope, Send, hear
+from penstock_gateway.hotpath.http.ports import Receive, Scope, Send
 from penstock_gateway.hotpath.messages import MIN_COMPRESSED_BYTES, deflate, inflate, too_large
 from penstock_kit.errors import (
     Cancelled,
@@ -62,27 +62,30 @@ class HttpError(Exception):
         self.headers = headers
 
 
-class Request:
-    """One HTTP request.
+class RequestHead:
+    """What the head of an HTTP request says.
 
-    Attributes:
+    Args:
         method: In capitals.
         path: Decoded.
         headers: By name in lower case; of repeated ones the last.
-        deadline: Unix time in seconds after which nobody waits.
-        receive: ASGI's.
+        query: Behind the question mark.
+        default_timeout: Seconds for a request that gives no deadline.
+
+    Attributes:
+        timeout: Seconds that the caller waits.
     """
 
-    __slots__ = ("_limit", "_query", "deadline", "headers", "method", "path", "receive")
+    __slots__ = ("_query", "headers", "method", "path", "timeout")
 
-    def __init__(self, scope: Scope, receive: Receive, limit: int, default_timeout: float) -> None:
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.receive = receive
-        self._query: bytes = scope["query_string"]
-        self._limit = limit
-        self.deadline = time.time() + self._timeout(default_timeout)
+    def __init__(
+        self, method: str, path: str, headers: dict[bytes, bytes], query: bytes, default_timeout: float
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self._query = query
+        self.timeout = self._timeout(default_timeout)
 
     def _timeout(self, default: float) -> float:
         given = self.headers.get(TIMEOUT_HEADER)
@@ -111,6 +114,47 @@ class Request:
         """Media type of the body without parameters, in lower case; empty if there is none."""
         return self.headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
 
+    def require(self, *types: str) -> str:
+        """Return the content type, which must be one of these (or absent, which counts as the first).
+
+        Raises:
+            HttpError: It is another one.
+        """
+        given = self.content_type or types[0]
+        if given not in types and not (given.endswith("+json") and JSON in types):
+            raise HttpError(
+                415,
+                f"content-type {given[:64]!r} is not taken here; use {' or '.join(types)}.",
+                reason=Reason.UNSUPPORTED,
+                headers=((b"accept", ", ".join(types).encode()),),
+            )
+        return given
+
+
+class Request(RequestHead):
+    """One HTTP request.
+
+    Args:
+        scope: ASGI's.
+        receive: ASGI's.
+        limit: Bytes of the body at most.
+        default_timeout: Seconds if it gives no deadline.
+
+    Attributes:
+        deadline: Unix time in seconds after which nobody waits.
+        receive: ASGI's.
+    """
+
+    __slots__ = ("_limit", "deadline", "receive")
+
+    def __init__(self, scope: Scope, receive: Receive, limit: int, default_timeout: float) -> None:
+        super().__init__(
+            scope["method"], scope["path"], dict(scope["headers"]), scope["query_string"], default_timeout
+        )
+        self.receive = receive
+        self._limit = limit
+        self.deadline = time.time() + self.timeout
+
     async def body(self) -> bytes:
         """Return the whole body, decompressed.
 
@@ -121,7 +165,7 @@ class Request:
             Cancelled: The caller went away.
         """
         announced = self.headers.get(b"content-length", b"")
-        event = await hear(self.receive)
+        event = await self.receive()
         data: bytes = event.get("body", b"")
         size = len(data)
         if event.get("more_body"):
@@ -129,11 +173,11 @@ class Request:
             while event.get("more_body"):
                 if size <= self._limit:
                     parts.append(data)
-                    event = await hear(self.receive)
+                    event = await self.receive()
                 elif size <= self._limit * _READ_ON:
                     try:
                         async with asyncio.timeout(_QUIET_SECONDS):
-                            event = await hear(self.receive)
+                            event = await self.receive()
                     except TimeoutError:
                         break
                 else:
@@ -157,22 +201,6 @@ class Request:
                 headers=((b"accept-encoding", b"gzip, deflate"),),
             )
         return inflate(data, encoding, self._limit)
-
-    def require(self, *types: str) -> str:
-        """Return the content type, which must be one of these (or absent, which counts as the first).
-
-        Raises:
-            HttpError: It is another one.
-        """
-        given = self.content_type or types[0]
-        if given not in types and not (given.endswith("+json") and JSON in types):
-            raise HttpError(
-                415,
-                f"content-type {given[:64]!r} is not taken here; use {' or '.join(types)}.",
-                reason=Reason.UNSUPPORTED,
-                headers=((b"accept", ", ".join(types).encode()),),
-            )
-        return given
 
     async def json(self) -> Any:
         """Return the body as JSON; None if it is empty.
@@ -248,16 +276,24 @@ def failure(error: PenstockError | HttpError) -> Response:
     return Response(status, dumps(body), headers=headers)
 
 
-async def send_response(
-    response: Response, request_headers: Mapping[bytes, bytes], method: str, send: Send
-) -> None:
-    """Send an answer, compressed if the caller asks for it and it pays."""
+def encode(
+    response: Response, request_headers: Mapping[bytes, bytes]
+) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Return the headers of an answer but for its length, and its body as it goes to the caller."""
     body = response.body
     headers = [(b"content-type", response.content_type.encode()), *response.headers]
     encoding = _encoding(request_headers.get(b"accept-encoding", b""), response)
     if encoding:
         body = deflate(body, encoding)
         headers += [(b"content-encoding", encoding.encode()), (b"vary", b"accept-encoding")]
+    return headers, body
+
+
+async def send_response(
+    response: Response, request_headers: Mapping[bytes, bytes], method: str, send: Send
+) -> None:
+    """Send an answer, compressed if the caller asks for it and it pays."""
+    headers, body = encode(response, request_headers)
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
     await send({"type": "http.response.body", "body": b"" if method == "HEAD" else body, "more_body": False})

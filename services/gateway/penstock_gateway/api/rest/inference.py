@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from penstock.queue.v1.envelope_pb2 import (
     PAYLOAD_FORMAT_OIP_REST,
     PAYLOAD_FORMAT_PREDICT,
@@ -20,11 +22,12 @@ from penstock_gateway.api.rest.http import (
 )
 from penstock_gateway.hotpath.dispatch import Dispatcher
 from penstock_kit.errors import InvalidArgument, Reason
+from penstock_kit.queue.messages import Reply
 
 HEADER_LENGTH = b"inference-header-content-length"
 FORM = "application/x-www-form-urlencoded"
 # curl's -d announces a form, whatever it sends; a JSON body is told by how it begins.
-_BINARY_TYPES = (JSON, BINARY, FORM)
+BODY_TYPES = (JSON, BINARY, FORM)
 
 
 class Inference:
@@ -39,19 +42,9 @@ class Inference:
 
     async def infer(self, request: Request, model: str, version: str = "") -> Response:
         """POST /v2/models/{model}[/versions/{version}]/infer: OIP's JSON, with binary tensors behind it."""
-        request.require(*_BINARY_TYPES)
+        request.require(*BODY_TYPES)
         data = await request.body()
-        json_length = 0
-        announced = request.headers.get(HEADER_LENGTH)
-        if announced is not None:
-            json_length = whole_number(announced)
-            if not 0 < json_length <= len(data):
-                raise InvalidArgument(
-                    f"Inference-Header-Content-Length {announced[:32].decode('latin-1')!r} does not fit "
-                    f"a body of {len(data)} bytes.",
-                    reason=Reason.MALFORMED_BODY,
-                )
-        _looks_like_json(data)
+        json_length = json_part(request.headers, data)
         return await self._run(request, model, version, data, PAYLOAD_FORMAT_OIP_REST, json_length)
 
     async def v1_predict(self, request: Request, model: str, version: str = "") -> Response:
@@ -107,11 +100,35 @@ class Inference:
             json_length=json_length,
             traceparent=request.traceparent,
         )
-        length = reply.header.json_length
-        if length:
-            headers = ((b"inference-header-content-length", str(length).encode()),)
-            return Response(200, reply.payload, BINARY, headers)
-        return Response(200, reply.payload)
+        return answer(reply)
+
+
+def answer(reply: Reply) -> Response:
+    """Return a reply as HTTP: JSON, or JSON with binary tensors behind it."""
+    length = reply.header.json_length
+    if length:
+        return Response(200, reply.payload, BINARY, ((HEADER_LENGTH, b"%d" % length),))
+    return Response(200, reply.payload)
+
+
+def json_part(headers: Mapping[bytes, bytes], data: bytes) -> int:
+    """Return the length of the JSON in an OIP body that has binary tensors behind it; 0 if it has none.
+
+    Raises:
+        InvalidArgument: The length does not fit, or the body cannot be JSON.
+    """
+    length = 0
+    announced = headers.get(HEADER_LENGTH)
+    if announced is not None:
+        length = whole_number(announced)
+        if not 0 < length <= len(data):
+            raise InvalidArgument(
+                f"Inference-Header-Content-Length {announced[:32].decode('latin-1')!r} does not fit "
+                f"a body of {len(data)} bytes.",
+                reason=Reason.MALFORMED_BODY,
+            )
+    _looks_like_json(data)
+    return length
 
 
 def _looks_like_json(data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from penstock_gateway.api.metrics import Metrics
@@ -17,10 +18,13 @@ from penstock_gateway.api.rest.http import (
     send_response,
 )
 from penstock_gateway.api.rest.inference import Inference
+from penstock_gateway.api.rest.plan import InferPlanner
 from penstock_gateway.api.rest.routes import Route, Routes, oip_routes
 from penstock_gateway.api.rest.v2 import Oip
 from penstock_gateway.hotpath.dispatch import Dispatcher
-from penstock_gateway.hotpath.grpc_framing import Receive, Scope, Send, hide
+from penstock_gateway.hotpath.grpc_framing import hide
+from penstock_gateway.hotpath.http.head import Head
+from penstock_gateway.hotpath.http.ports import ClientGone, Plan, Receive, Scope, Send
 from penstock_gateway.usecases.catalog import Catalog
 from penstock_gateway.usecases.repository import Repository
 from penstock_kit.errors import DeadlineExceeded, PenstockError
@@ -58,6 +62,7 @@ class RestService:
         self._openapi = dumps(openapi())
         oip = Oip(catalog, repository, dispatcher)
         self._inference = Inference(dispatcher)
+        self._planner = InferPlanner(dispatcher, limit=limit, default_timeout=default_timeout)
         self._routes = Routes(
             [
                 *oip_routes(oip, self._inference),
@@ -69,6 +74,10 @@ class RestService:
                 Route("/readyz", ("GET",), oip.ready),
             ]
         )
+
+    def plan(self, head: Head) -> Plan | None:
+        """Return how requests with a head are served without a task; None if `serve` must."""
+        return self._planner.plan(head)
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever happens."""
@@ -85,11 +94,8 @@ class RestService:
             response = failure(DeadlineExceeded())
         except Exception as error:  # noqa: BLE001 - the edge: nothing unknown may leak
             response = failure(hide(error, f"{scope['method']} {scope['path']}"))
-        try:
+        with contextlib.suppress(ClientGone):
             await send_response(response, headers, scope["method"], send)
-        except Exception as error:
-            if type(error).__name__ != "ClientDisconnectedError":  # Envoy's way of saying that nobody reads
-                raise
 
     async def _docs(self, request: Request) -> Response:
         return Response(200, DOCS_PAGE, "text/html; charset=utf-8")

@@ -1,1 +1,0 @@
-"""The servers that carry the application: Envoy, or hypercorn where Envoy cannot run."""

@@ -1,0 +1,168 @@
+"""One call as ASGI: for everything that has no plan of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any, Protocol
+
+from penstock_gateway.hotpath.http.head import Head
+from penstock_gateway.hotpath.http.ports import ClientGone, Headers, Scope
+
+_DISCONNECT = {"type": "http.disconnect"}
+
+
+class Wire(Protocol):
+    """What a connection offers to the call that it carries."""
+
+    def send_head(self, status: int, headers: Headers, *, end: bool) -> None:
+        """Send the head of the answer; `end` if nothing follows."""
+        ...
+
+    def send_data(self, data: bytes, *, end: bool) -> None:
+        """Send a part of the body; what the caller does not take yet is kept."""
+        ...
+
+    def send_trailers(self, headers: Headers) -> None:
+        """Send trailers, and end."""
+        ...
+
+    async def room(self) -> None:
+        """Return when the caller has taken most of what was sent."""
+        ...
+
+    def taken(self, size: int) -> None:
+        """Tell that bytes of the request's body were read, so that more may come."""
+        ...
+
+    def abort(self) -> None:
+        """End the call in the middle of its answer."""
+        ...
+
+
+class Exchange:
+    """Receive and send of one call.
+
+    Args:
+        wire: Carries it.
+        head: Of the request.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_ended",
+        "_gone",
+        "_head",
+        "_start",
+        "_trailers",
+        "_waiter",
+        "_wire",
+        "finished",
+        "scope",
+    )
+
+    def __init__(self, wire: Wire, head: Head) -> None:
+        self._wire = wire
+        self._head = head
+        self._chunks: deque[bytes] = deque()
+        self._ended = False
+        self._gone = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._start: dict[str, Any] | None = None
+        self._trailers = False
+        self.finished = False
+        self.scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": head.version,
+            "method": head.method,
+            "scheme": "http",
+            "path": head.path,
+            "raw_path": head.raw_path,
+            "query_string": head.query,
+            "root_path": "",
+            "headers": head.headers,
+            "extensions": {"http.response.trailers": {}},
+        }
+
+    # The connection's side
+
+    def feed(self, data: bytes, *, end: bool) -> None:
+        """Take a part of the body."""
+        if data:
+            self._chunks.append(data)
+        self._ended = self._ended or end
+        self._wake()
+
+    def leave(self) -> None:
+        """Take notice that the caller went away."""
+        self._gone = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # The application's side
+
+    async def receive(self) -> dict[str, Any]:
+        """Return what came of the body; once that has ended, wait until the caller leaves or is answered."""
+        while True:
+            if self._gone or self.finished:
+                return _DISCONNECT
+            if self._chunks:
+                body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+                self._chunks.clear()
+                ended, self._ended = self._ended, False
+                self._wire.taken(len(body))
+                return {"type": "http.request", "body": body, "more_body": not ended}
+            if self._ended:
+                self._ended = False
+                return {"type": "http.request", "body": b"", "more_body": False}
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    async def send(self, event: dict[str, Any]) -> None:
+        """Send a part of the answer; waits while the caller does not read.
+
+        Raises:
+            ClientGone: Nobody reads it.
+        """
+        if self._gone:
+            raise ClientGone
+        kind = event["type"]
+        if kind == "http.response.start":
+            self._start = event
+            self._trailers = bool(event.get("trailers"))
+            return
+        if kind == "http.response.trailers":
+            self._finish()
+            self._wire.send_trailers(event["headers"])
+            return
+        body: bytes = event.get("body", b"")
+        last = not event.get("more_body", False)
+        end = last and not self._trailers
+        if end:
+            self._finish()
+        if self._start is not None:
+            start, self._start = self._start, None
+            self._wire.send_head(start["status"], start["headers"], end=end and not body)
+            if end and not body:
+                return
+        if body or end:
+            self._wire.send_data(body, end=end)
+        if not last:
+            await self._wire.room()
+
+    def _finish(self) -> None:
+        self.finished = True
+        self._wake()
+
+    def abandon(self) -> None:
+        """End the call because the application ended without an answer."""
+        if not self.finished and not self._gone:
+            self._finish()
+            self._wire.abort()
