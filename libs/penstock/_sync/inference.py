@@ -22,7 +22,7 @@ from penstock.errors import (
 from penstock.names import resource, short
 from penstock.oip.v2 import inference_pb2 as oip
 from penstock.scheduler.v1 import scheduler_service_pb2 as scheduler
-from penstock.tensors import Array, Prediction, as_array, infer_request
+from penstock.tensors import Array, Prediction, Priority, as_array, infer_request
 from penstock.traffic import describe_state
 
 # How long the signature of a deployment is believed without asking again.
@@ -43,6 +43,7 @@ class Inference(Deployments):
         version: str | int = "",
         outputs: Sequence[str] = (),
         timeout: float | None = None,
+        priority: Priority = "normal",
         request_id: str = "",
     ) -> Prediction:
         """Send one inference; return its outputs by name as numpy arrays.
@@ -53,14 +54,17 @@ class Inference(Deployments):
                 array or list stands for the only input and takes its type.
             version: Number or alias to select inside the deployment.
             outputs: Only these outputs; without any, all.
-            timeout: Seconds to answer in; beyond them the work is dropped wherever it is.
+            timeout: Seconds to answer in; beyond them the work is dropped wherever it is, and what could
+                not be answered within them is refused at once.
+            priority: High goes first, low is refused first when there is too much to do.
             request_id: An id of the caller's that comes back with the answer.
 
         Raises:
             NotFound: There is no such deployment, or no such version in it.
             InvalidArgument: The inputs do not match the signature.
             Unavailable: No replica would answer.
-            ResourceExhausted: The queue is full, or the deadline cannot be met.
+            ResourceExhausted: The queue is full, or the deadline cannot be met; ``retry_after_seconds`` says
+                when to come back.
             DeadlineExceeded: There was no answer in time.
         """
         deployment = short(deployment)
@@ -72,6 +76,7 @@ class Inference(Deployments):
             request_id=request_id,
             datatypes=datatypes,
             outputs=outputs,
+            priority=priority,
         )
         try:
             response = self._unary(self._inference.ModelInfer, request, timeout=timeout)

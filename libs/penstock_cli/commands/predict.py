@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from penstock.tensors import Prediction, datatype_of
+from penstock.tensors import Prediction, Priority, datatype_of
 from penstock_cli.inputs import parse_inputs
 from penstock_cli.output import print_json, say
 from penstock_cli.session import ENDPOINT, Endpoint, Json, connect
@@ -36,13 +36,18 @@ def predict(
     ] = None,
     save: Annotated[Path | None, typer.Option(metavar="FILE.npz", help="Write the outputs there.")] = None,
     timeout: Annotated[float, typer.Option(min=0.001, metavar="SECONDS", help="How long to wait.")] = 30.0,
+    priority: Annotated[
+        Priority, typer.Option(help="High goes first; low is refused first under overload.")
+    ] = "normal",
     endpoint: Endpoint = ENDPOINT,
     json: Json = False,
 ) -> None:
     """Send one inference and print its outputs."""
     values = parse_inputs(inputs)
     with connect(endpoint, timeout=timeout) as client:
-        prediction = client.predict(name, values, version=version, outputs=output or (), timeout=timeout)
+        prediction = client.predict(
+            name, values, version=version, outputs=output or (), timeout=timeout, priority=priority
+        )
     if save is not None:
         _save(save, prediction)
     if json:

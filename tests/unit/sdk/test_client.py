@@ -23,6 +23,7 @@ from penstock.errors import (
     Unavailable,
 )
 from penstock.scheduler.v1 import deployment_pb2
+from penstock.tensors import Priority
 from penstock.transfer import Progress
 from support.fake_mesh import FakeMesh
 
@@ -286,6 +287,23 @@ class TestPredict:
         with pytest.raises(ResourceExhausted) as caught:
             client.predict("digits", [[1, 2]])
         assert caught.value.retry_after_seconds == 1.5
+
+    @pytest.mark.parametrize(("priority", "rank"), [("high", 1), ("normal", None), ("low", 3)])
+    def test_the_priority_travels_as_other_clients_send_it(
+        self, client: Client, mesh: FakeMesh, folder: Path, priority: Priority, rank: int | None
+    ) -> None:
+        deployed(client, folder)
+        client.predict("digits", [[1, 2]], priority=priority)
+        parameters = mesh.requests["ModelInfer"].parameters
+        assert (parameters["priority"].int64_param if rank else len(parameters)) == (rank or 0)
+
+    def test_a_priority_that_is_none_is_told_before_it_is_sent(
+        self, client: Client, mesh: FakeMesh, folder: Path
+    ) -> None:
+        deployed(client, folder)
+        with pytest.raises(InvalidArgument, match="high, normal, low"):
+            client.predict("digits", [[1, 2]], priority="urgent")  # type: ignore[arg-type]
+        assert mesh.calls["ModelInfer"] == 0
 
     def test_retries_end_with_the_callers_time(self, client: Client, mesh: FakeMesh, folder: Path) -> None:
         deployed(client, folder)
