@@ -27,8 +27,10 @@ def inspect(path: Path, given: tensor_pb2.Signature) -> Draft:
         draft.batchable = None
         return draft
     estimator = _load(path)
-    if not hasattr(estimator, "predict"):
-        raise InvalidArgument(f"{path.name} holds a {type(estimator).__name__}, which cannot predict.")
+    if not hasattr(estimator, "predict") and not hasattr(estimator, "transform"):
+        raise InvalidArgument(
+            f"{path.name} holds a {type(estimator).__name__}, which can neither predict nor transform."
+        )
     features = getattr(estimator, "n_features_in_", None)
     if features is None:
         draft.batchable = None
@@ -51,6 +53,8 @@ def _load(path: Path) -> Any:
 
 
 def _outputs(path: Path, estimator: Any) -> list[tensor_pb2.TensorSpec]:
+    if not hasattr(estimator, "predict"):
+        return [spec("transformed", "FP64", [-1, _columns(estimator)])]
     classes = getattr(estimator, "classes_", None)
     if classes is None:
         shape = [-1, int(estimator.n_outputs_)] if getattr(estimator, "n_outputs_", 1) > 1 else [-1]
@@ -66,3 +70,11 @@ def _outputs(path: Path, estimator: Any) -> list[tensor_pb2.TensorSpec]:
         names = [str(name) for name in classes.tolist()]
         outputs.append(spec("probabilities", "FP64", [-1, len(names)], labels=names))
     return outputs
+
+
+def _columns(transformer: Any) -> int:
+    """Return how many columns a transformer gives; -1 if it does not say."""
+    try:
+        return len(transformer.get_feature_names_out())
+    except (AttributeError, ValueError, TypeError):
+        return -1
