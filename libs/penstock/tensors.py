@@ -27,7 +27,7 @@ from penstock.oip.v2 import inference_pb2 as oip
 
 Array = npt.NDArray[Any]
 Priority = Literal["high", "normal", "low"]
-"""How urgent an inference is: high ones go first, and when there is too much to do low ones are refused first."""
+"""How urgent an inference is: high goes first, and low is refused first when there is too much to do."""
 
 # As Triton counts: 1 is the highest, and 0 (not given) the default. A mesh takes all above 2 for low.
 _RANKS = {"high": 1, "low": 3}
