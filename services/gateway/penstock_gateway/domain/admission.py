@@ -253,6 +253,24 @@ class Backlog:
         self.seconds_each = self._time / self._count * (own / both)
 
 
+class _Nowhere(Backlog):
+    """Where requests count that are in no queue by themselves: it keeps no figures."""
+
+    __slots__ = ()
+
+    def answered(self, now: float, took: float, reckoned: float) -> None:
+        """Nothing was ahead of it."""
+
+    def leave(self) -> None:
+        """It was not counted."""
+
+    def missed(self, now: float, took: float, reckoned: float) -> None:
+        """Nothing was ahead of it."""
+
+
+NOWHERE = _Nowhere()
+
+
 class Waitlist:
     """What waits in one queue, by priority.
 

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from functools import partial
 
 from penstock.queue.v1.envelope_pb2 import PayloadFormat, RequestHeader
-from penstock_gateway.domain.admission import Backlog, Waitlist
+from penstock_gateway.domain.admission import NOWHERE, Backlog, Waitlist
 from penstock_gateway.domain.routing import Table, Target, not_ready, split_name
 from penstock_gateway.hotpath import lanes
-from penstock_gateway.hotpath.bounds import bounds as bounds
+from penstock_gateway.hotpath.cache import DEFAULT_LIMIT_BYTES, ResponseCache
+from penstock_gateway.hotpath.flights import Leavable
 from penstock_gateway.hotpath.lanes import Lane
 from penstock_gateway.hotpath.spans import InferenceSpan
 from penstock_kit.errors import (
@@ -25,7 +26,7 @@ from penstock_kit.errors import (
     Unavailable,
     error_for,
 )
-from penstock_kit.queue.keys import PRIORITY_NORMAL as PRIORITY_NORMAL
+from penstock_kit.queue.keys import PRIORITY_NORMAL
 from penstock_kit.queue.messages import Reply
 from penstock_kit.queue.ports import Sender
 from penstock_kit.queue.waiting import settle
@@ -50,6 +51,7 @@ class Ticket:
         header: What the replica gets beside the payload; its id names the request.
         selector: The version or alias that the caller asked for; empty if none.
         backlog: Where the request waits.
+        flight: What answers it, if it is in no queue by itself.
         reckoned: Seconds that those ahead of it were expected to take when it came.
     """
 
@@ -57,6 +59,7 @@ class Ticket:
         "_dispatcher",
         "backlog",
         "done",
+        "flight",
         "header",
         "lane",
         "reckoned",
@@ -83,6 +86,7 @@ class Ticket:
         self.started = time.monotonic()
         self.selector = ""
         self.span: InferenceSpan | None = None
+        self.flight: Leavable | None = None
 
     def end(self, outcome: Outcome) -> None:
         """Take the outcome from the queue, count it, and hand it on."""
@@ -113,12 +117,14 @@ class Dispatcher:
         sender: The gateway's end of the queue.
         default_timeout: Seconds that an inference may take if nobody says otherwise.
         traced: Whether each inference gets a span.
+        cache_bytes: Bytes of answers kept for equal requests at most.
         draw: Gives fractions for the choice by weight.
 
     Attributes:
         table: The routing table of the moment.
         lanes: What is counted, by deployment.
         waitlists: What waits, by queue.
+        cache: Answers of deployments that have a policy for equal requests.
         draining: Whether new inferences are refused because the process ends.
         changed: Set when the next routing table comes, and replaced then.
     """
@@ -129,6 +135,7 @@ class Dispatcher:
         *,
         default_timeout: float = 60.0,
         traced: bool = False,
+        cache_bytes: int = DEFAULT_LIMIT_BYTES,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._sender = sender
@@ -140,6 +147,7 @@ class Dispatcher:
         self.table = Table()
         self.lanes: dict[str, Lane] = {}
         self.waitlists: dict[str, Waitlist] = {}
+        self.cache = ResponseCache(sender, cache_bytes)
         self.draining = False
 
     @property
@@ -179,6 +187,9 @@ class Dispatcher:
                 del self.lanes[name]
             else:
                 self.lanes[name].only = None  # kept for those on their way; nothing new may follow them
+        self.cache.follow(table)
+        for name, lane in self.lanes.items():
+            lane.shelf = self.cache.shelves.get(name)
         for queue in gone:
             self._resettle(queue, owners[queue])
             del self.waitlists[queue]
@@ -283,7 +294,10 @@ class Dispatcher:
         """
         lane, target = self.resolve(name, selector)
         backlog = self.waitlists[target.queue].backlogs[priority]
-        if lane.in_flight >= lane.limits[priority]:
+        look = None
+        if lane.shelf is not None:
+            look = lane.shelf.look(target, name, format, json_length, payload, priority)
+        if lane.in_flight >= lane.limits[priority] and (look is None or look.reply is None):
             lane.refuse(lanes.QUEUE_FULL)
             raise full(lane, backlog)
         if self.draining:
@@ -294,8 +308,12 @@ class Dispatcher:
                 retry_after_seconds=0.1,
             )
         left = deadline - time.time()
-        # What is late already is the sender's to refuse; replicas that come back have no pace yet.
-        reckoned = backlog.enter(left if left > 0.0 and target.ready else math.inf)
+        reckoned = 0.0
+        if look is None or look.computes:
+            # What is late already is the sender's to refuse; replicas that come back have no pace yet.
+            reckoned = backlog.enter(left if left > 0.0 and target.ready else math.inf)
+        else:
+            backlog = NOWHERE
         if reckoned < 0.0:
             lane.refuse(lanes.TOO_LATE)
             raise too_late(lane, backlog, left)
@@ -311,7 +329,10 @@ class Dispatcher:
         )
         ticket = Ticket(self, lane, header, done, backlog, reckoned)
         try:
-            self._sender.submit_call(target.queue, header, payload, priority, ticket.end)
+            if look is None:
+                self._sender.submit_call(target.queue, header, payload, priority, ticket.end)
+            else:
+                look.begin(ticket, target.queue, payload, priority)
         except BaseException:
             backlog.leave()
             raise
@@ -369,7 +390,10 @@ class Dispatcher:
 
     def cancel(self, ticket: Ticket) -> None:
         """Take a request off its queue because the caller went away; nothing if it is answered."""
-        self._sender.cancel(ticket.header.id)
+        if ticket.flight is None:
+            self._sender.cancel(ticket.header.id)
+        else:
+            ticket.flight.leave(ticket)
 
 
 def full(lane: Lane, backlog: Backlog) -> ResourceExhausted:

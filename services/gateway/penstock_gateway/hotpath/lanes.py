@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from penstock_gateway.domain.routing import Route, Target
+from penstock_gateway.hotpath.cache import Shelf
 
 # Of the places of a deployment, those kept for high priority, and for high and normal.
 _HIGHS_PART, _NORMALS_PART = 16, 8
@@ -41,12 +42,13 @@ class Lane:
         limits: Unanswered requests at most for one more of high, normal, low priority.
         in_flight: Unanswered requests now.
         refused: Requests that were not queued, by reason.
+        shelf: Answers for equal requests; None where each is computed.
         codes: Answers by canonical code.
         buckets: Answers by duration; one more than `BUCKETS`.
         seconds: Sum of the durations.
     """
 
-    __slots__ = ("buckets", "codes", "in_flight", "limits", "only", "refused", "route", "seconds")
+    __slots__ = ("buckets", "codes", "in_flight", "limits", "only", "refused", "route", "seconds", "shelf")
 
     def __init__(self, route: Route) -> None:
         self.in_flight = 0
@@ -56,6 +58,7 @@ class Lane:
         self.seconds = 0.0
         self.route = route
         self.only: Target | None = None
+        self.shelf: Shelf | None = None
         self.limits = (0, 0, 0)
         self.update(route)
 
