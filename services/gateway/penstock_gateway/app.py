@@ -27,6 +27,7 @@ from penstock_gateway.hotpath.infer import InferHandler
 from penstock_gateway.settings import GatewaySettings
 from penstock_gateway.usecases.catalog import Catalog
 from penstock_gateway.usecases.repository import Repository
+from penstock_gateway.usecases.watch import QueueWatch
 from penstock_kit.lifecycle import TaskSet
 from penstock_kit.queue.sender import RequestSender
 from penstock_kit.telemetry import (
@@ -86,6 +87,7 @@ class Gateway:
             self._sender, default_timeout=timeout, traced=bool(settings.otlp_endpoint)
         )
         self._watcher = RouteWatcher(self._scheduler.channel, self.name, self._dispatcher.update)
+        self._queues = QueueWatch(lambda: self._dispatcher.waitlists, self._statistics)
         # /metrics on the shared port is answered by any of the gateways that share it; this, by one.
         numbers = CollectorRegistry()
         self._readings = Readings(GatewayCollector(self._dispatcher).collect, registry=numbers)
@@ -137,6 +139,7 @@ class Gateway:
         await self._metrics.start()
         self._tasks.run_forever("routes", self._watcher.run)
         self._tasks.run_forever("registry health", self._registry.look)
+        self._tasks.run_forever("depths of queues", self._queues.run)
         await self._server.start(self._listener)
 
     async def drain(self) -> None:

@@ -10,7 +10,8 @@ import time
 from functools import partial
 
 from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC
-from penstock_gateway.hotpath.dispatch import PRIORITY_NORMAL, Dispatcher, Outcome, Ticket, bounds
+from penstock_gateway.hotpath.bounds import bounds, header_priority
+from penstock_gateway.hotpath.dispatch import Dispatcher, Outcome, Ticket
 from penstock_gateway.hotpath.grpc_framing import (
     ACCEPT_ENCODING,
     encodings,
@@ -49,10 +50,13 @@ class InferHandler:
             timeout = head.fields.get(b"grpc-timeout")
             seconds = self._default_timeout if timeout is None else parse_timeout(timeout)
             encoding, answer_encoding = encodings(head.fields)
+            priority = header_priority(head.fields)
         except PenstockError as error:
             return _Refusal(error)
         traceparent = head.fields.get(b"traceparent", b"").decode("latin-1")
-        return _Infer(self._dispatcher, self._limit, seconds, encoding, answer_encoding, traceparent)
+        return _Infer(
+            self._dispatcher, self._limit, seconds, priority, encoding, answer_encoding, traceparent
+        )
 
 
 class _Infer:
@@ -62,6 +66,7 @@ class _Infer:
         dispatcher: Queues requests.
         limit: Bytes of one message at most.
         timeout: Seconds that the caller waits.
+        priority: That the metadata ask for.
         encoding: Of the requests; "identity" if they are not compressed.
         answer_encoding: Of the answers; empty if they are not compressed.
         traceparent: W3C trace context of the caller.
@@ -72,6 +77,7 @@ class _Infer:
         "_dispatcher",
         "_encoding",
         "_message_limit",
+        "_priority",
         "_traceparent",
         "limit",
         "timeout",
@@ -82,6 +88,7 @@ class _Infer:
         dispatcher: Dispatcher,
         limit: int,
         timeout: float,
+        priority: int,
         encoding: str,
         answer_encoding: str,
         traceparent: str,
@@ -90,6 +97,7 @@ class _Infer:
         self._message_limit = limit
         self.limit = limit + _PREFIX
         self.timeout = timeout
+        self._priority = priority
         self._encoding = encoding
         self._answer_encoding = answer_encoding
         self._traceparent = traceparent
@@ -103,9 +111,9 @@ class _Infer:
             else:
                 message = self._unusual(body)
             name, version, _, parameters = scan(message)
-            priority = PRIORITY_NORMAL
+            priority = self._priority
             if parameters and (b"priority" in parameters or b"timeout" in parameters):
-                deadline, priority = bounds(read_parameters(parameters), deadline)
+                deadline, priority = bounds(read_parameters(parameters), deadline, priority)
             return self._dispatcher.begin(
                 name,
                 version,

@@ -12,7 +12,8 @@ from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC
 from penstock_gateway.api.about import EXTENSIONS, RELEASE, SERVER_NAME
 from penstock_gateway.api.grpc import views
 from penstock_gateway.api.grpc.methods import method, unsupported
-from penstock_gateway.hotpath.dispatch import PRIORITY_NORMAL, Dispatcher, bounds
+from penstock_gateway.hotpath.bounds import bounds, header_priority
+from penstock_gateway.hotpath.dispatch import Dispatcher
 from penstock_gateway.hotpath.grpc_framing import Call, Handler
 from penstock_gateway.hotpath.scan import encode_varint, read_parameters, scan
 from penstock_gateway.usecases.catalog import Catalog, is_ready
@@ -189,9 +190,9 @@ class OipService:
         request_id = ""
         try:
             name, version, request_id, parameters = scan(message)
-            deadline, priority = call.deadline, PRIORITY_NORMAL
+            deadline, priority = call.deadline, header_priority(call.headers)
             if parameters:
-                deadline, priority = bounds(read_parameters(parameters), deadline)
+                deadline, priority = bounds(read_parameters(parameters), deadline, priority)
             return request_id, self._dispatcher.submit(
                 name,
                 version,

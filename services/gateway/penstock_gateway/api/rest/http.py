@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
+from penstock_gateway.hotpath.bounds import header_priority
 from penstock_gateway.hotpath.http.ports import Receive, Scope, Send
 from penstock_gateway.hotpath.messages import MIN_COMPRESSED_BYTES, deflate, inflate, too_large
 from penstock_kit.errors import (
@@ -23,7 +25,9 @@ from penstock_kit.errors import (
 
 JSON = "application/json"
 BINARY = "application/octet-stream"
+# Ours, and the one by which Envoy (Istio, Contour …) tells those behind it how long it waits; 0 is "for ever".
 TIMEOUT_HEADER = b"x-request-timeout-ms"
+PROXY_TIMEOUT_HEADER = b"x-envoy-expected-rq-timeout-ms"
 # A caller that still sends does not read: a body over the limit is read on, and thrown away, so that the
 # caller gets to know why it was refused, unless it is this many times over or pauses this long.
 _READ_ON = 8
@@ -88,21 +92,34 @@ class RequestHead:
         self.timeout = self._timeout(default_timeout)
 
     def _timeout(self, default: float) -> float:
-        given = self.headers.get(TIMEOUT_HEADER)
+        given = self._milliseconds(TIMEOUT_HEADER, 1)
+        proxys = self._milliseconds(PROXY_TIMEOUT_HEADER, 0)
+        if not given:
+            # A proxy waits as it was set up to, which says no more than that nobody waits longer.
+            return min(default, proxys / 1000) if proxys else default
+        return min(given, proxys or given) / 1000
+
+    def _milliseconds(self, header: bytes, least: int) -> int:
+        given = self.headers.get(header)
         if given is None:
-            return default
+            return 0
         milliseconds = whole_number(given)
-        if not 0 < milliseconds <= _MAX_TIMEOUT_MS:
+        if not least <= milliseconds <= _MAX_TIMEOUT_MS:
             raise InvalidArgument(
-                f"The header {TIMEOUT_HEADER.decode()} must be a whole number of milliseconds "
-                f"from 1 to {_MAX_TIMEOUT_MS}."
+                f"The header {header.decode()} must be a whole number of milliseconds "
+                f"from {least} to {_MAX_TIMEOUT_MS}."
             )
-        return milliseconds / 1000
+        return milliseconds
 
     @property
     def query(self) -> dict[str, str]:
         """The query's parameters; of repeated ones the last."""
         return _form(self._query, "query")
+
+    @property
+    def priority(self) -> int:
+        """What the header x-penstock-priority asks for; raises InvalidArgument if it is no priority."""
+        return header_priority(self.headers)
 
     @property
     def traceparent(self) -> str:
@@ -269,7 +286,12 @@ def failure(error: PenstockError | HttpError) -> Response:
         body["metadata"] = error.metadata
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if error.retry_after_seconds is not None:
-        headers = ((b"retry-after", str(max(round(error.retry_after_seconds), 1)).encode()),)
+        # Whole seconds are all that the standard header has; OpenAI's clients read the finer one.
+        seconds = error.retry_after_seconds
+        headers = (
+            (b"retry-after", b"%d" % max(math.ceil(seconds), 1)),
+            (b"retry-after-ms", b"%d" % max(math.ceil(seconds * 1000), 1)),
+        )
     status = http_status(error.code)
     if isinstance(error, ResourceExhausted) and error.reason is Reason.PAYLOAD_TOO_LARGE:
         status = 413

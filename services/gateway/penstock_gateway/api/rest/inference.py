@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from penstock.queue.v1.envelope_pb2 import (
@@ -20,6 +21,7 @@ from penstock_gateway.api.rest.http import (
     loads,
     whole_number,
 )
+from penstock_gateway.hotpath.bounds import bounds
 from penstock_gateway.hotpath.dispatch import Dispatcher
 from penstock_kit.errors import InvalidArgument, Reason
 from penstock_kit.queue.messages import Reply
@@ -28,6 +30,9 @@ HEADER_LENGTH = b"inference-header-content-length"
 FORM = "application/x-www-form-urlencoded"
 # curl's -d announces a form, whatever it sends; a JSON body is told by how it begins.
 BODY_TYPES = (JSON, BINARY, FORM)
+# The gateway reads JSON up to this length for its `timeout` and `priority`: half a millisecond, in which
+# nobody else is served. Callers who send more at once say them in headers.
+READ_BYTES = 64 << 10
 
 
 class Inference:
@@ -45,7 +50,10 @@ class Inference:
         request.require(*BODY_TYPES)
         data = await request.body()
         json_length = json_part(request.headers, data)
-        return await self._run(request, model, version, data, PAYLOAD_FORMAT_OIP_REST, json_length)
+        deadline, priority = json_bounds(data, json_length, request.deadline, request.priority)
+        return await self._run(
+            request, model, version, data, PAYLOAD_FORMAT_OIP_REST, json_length, deadline, priority
+        )
 
     async def v1_predict(self, request: Request, model: str, version: str = "") -> Response:
         """POST /v1/models/{model}:predict: {"instances": …} or {"inputs": …}."""
@@ -90,15 +98,18 @@ class Inference:
         payload: bytes,
         format: PayloadFormat.ValueType,  # noqa: A002 - the proto's word
         json_length: int = 0,
+        deadline: float | None = None,
+        priority: int | None = None,
     ) -> Response:
         reply = await self._dispatcher.submit(
             model,
             version,
             payload,
-            deadline=request.deadline,
+            deadline=request.deadline if deadline is None else deadline,
             format=format,
             json_length=json_length,
             traceparent=request.traceparent,
+            priority=request.priority if priority is None else priority,
         )
         return answer(reply)
 
@@ -129,6 +140,31 @@ def json_part(headers: Mapping[bytes, bytes], data: bytes) -> int:
             )
     _looks_like_json(data)
     return length
+
+
+def json_bounds(data: bytes, json_length: int, deadline: float, priority: int) -> tuple[float, int]:
+    """Return deadline and priority that the `parameters` of an OIP body ask for.
+
+    Args:
+        data: The body.
+        json_length: Of the JSON in it; 0 if all of it is.
+        deadline: Unix time in seconds, as the headers give it.
+        priority: As the headers give it.
+
+    Raises:
+        InvalidArgument: `timeout` or `priority` is none.
+    """
+    text = data[:json_length] if json_length else data
+    if len(text) > READ_BYTES or (b'"timeout"' not in text and b'"priority"' not in text):
+        return deadline, priority
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return deadline, priority  # what is wrong with it the replica says
+    parameters = document.get("parameters") if isinstance(document, dict) else None
+    if not isinstance(parameters, dict):
+        return deadline, priority
+    return bounds(parameters, deadline, priority)
 
 
 def _looks_like_json(data: bytes) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 
 from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_REST
 from penstock_gateway.api.rest.http import HttpError, RequestHead, encode, failure
-from penstock_gateway.api.rest.inference import BODY_TYPES, answer, json_part
+from penstock_gateway.api.rest.inference import BODY_TYPES, answer, json_bounds, json_part
 from penstock_gateway.hotpath.dispatch import Dispatcher, Outcome, Ticket
 from penstock_gateway.hotpath.grpc_framing import hide
 from penstock_gateway.hotpath.http.head import Head
@@ -47,9 +47,10 @@ class InferPlanner:
         try:
             request = RequestHead(head.method, head.path, head.fields, head.query, self._default_timeout)
             request.require(*BODY_TYPES)
+            priority = request.priority
         except (PenstockError, HttpError):
             return None
-        return _Infer(self._dispatcher, request, match[1], match[2] or "", self._limit)
+        return _Infer(self._dispatcher, request, match[1], match[2] or "", priority, self._limit)
 
 
 class _Infer:
@@ -60,33 +61,44 @@ class _Infer:
         request: What their head says.
         model: In their path.
         version: In their path, or empty.
+        priority: That their headers ask for.
         limit: Bytes of one body at most.
     """
 
-    __slots__ = ("_dispatcher", "_model", "_request", "_version", "limit", "timeout")
+    __slots__ = ("_dispatcher", "_model", "_priority", "_request", "_version", "limit", "timeout")
 
     def __init__(
-        self, dispatcher: Dispatcher, request: RequestHead, model: str, version: str, limit: int
+        self,
+        dispatcher: Dispatcher,
+        request: RequestHead,
+        model: str,
+        version: str,
+        priority: int,
+        limit: int,
     ) -> None:
         self._dispatcher = dispatcher
         self._request = request
         self._model = model
         self._version = version
+        self._priority = priority
         self.limit = limit
         self.timeout = request.timeout
 
     def run(self, responder: Responder, body: bytes) -> Ticket | None:
         """Queue one request."""
         try:
+            json_length = json_part(self._request.headers, body)
+            deadline, priority = json_bounds(body, json_length, time.time() + self.timeout, self._priority)
             return self._dispatcher.begin(
                 self._model,
                 self._version,
                 body,
                 partial(self._answer, responder),
-                deadline=time.time() + self.timeout,
+                deadline=deadline,
                 format=PAYLOAD_FORMAT_OIP_REST,
-                json_length=json_part(self._request.headers, body),
+                json_length=json_length,
                 traceparent=self._request.traceparent,
+                priority=priority,
             )
         except PenstockError as error:
             self.refuse(responder, error)
