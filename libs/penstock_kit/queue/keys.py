@@ -9,6 +9,7 @@ queue, and all keys of one gateway, live in one slot of a Redis Cluster.
     pk1:{<queue>}:lease:<consumer>     exists while the replica process is alive
     pk1:{<queue>}:running:<consumer>   the suspect that the replica computes now
     pk1:{<queue>}:stats                hash: consumer → serialized ReplicaStatistics
+    pk1:{<queue>}:cache                hash: gateway → serialized CacheStatistics
     pk1:{<queue>}:dead                 stream of dead letters, capped
     pk1:{<gateway>}:replies            list of packed replies
 """
@@ -66,6 +67,11 @@ def running(queue: str, consumer: str) -> bytes:
 def statistics(queue: str) -> bytes:
     """Hash of consumer → serialized ReplicaStatistics."""
     return f"{PREFIX}:{{{queue}}}:stats".encode()
+
+
+def cache(queue: str) -> bytes:
+    """Hash of gateway → serialized CacheStatistics."""
+    return f"{PREFIX}:{{{queue}}}:cache".encode()
 
 
 def dead(queue: str) -> bytes:

@@ -1,16 +1,23 @@
 """What can be seen of a queue from outside: its depth, its replicas' counters, its dead letters."""
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from penstock.queue.v1.envelope_pb2 import ReplicaStatistics, RequestHeader
+from penstock.queue.v1.envelope_pb2 import CacheStatistics, ReplicaStatistics, RequestHeader
 from penstock_kit.queue import keys
 from penstock_kit.queue.connection import Connection
+from penstock_kit.queue.resp import Command
 
 log = logging.getLogger(__name__)
+
+# Gateways publish every few seconds; one that has not for so long is gone.
+CACHE_MILLIS = 10_000
+# The hash of a queue whose gateways are all gone goes too.
+_CACHE_KEY_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,43 @@ async def read_depths(connection: Connection, queues: Sequence[str]) -> list[tup
     lengths = await connection.pipeline([("XLEN", stream) for stream in streams])
     width = len(keys.PRIORITIES)
     return [tuple(lengths[at : at + width]) for at in range(0, len(lengths), width)]
+
+
+async def publish_cache_statistics(
+    connection: Connection, gateway: str, found: Mapping[str, CacheStatistics]
+) -> None:
+    """Publish what a gateway answered of queues without their replicas; raises like ``read_statistics``.
+
+    Fills in ``update_unix_millis``.
+    """
+    now = time.time_ns() // 1_000_000
+    commands: list[Command] = []
+    for queue, statistics in found.items():
+        statistics.update_unix_millis = now
+        key = keys.cache(queue)
+        commands.append(("HSET", key, gateway, statistics.SerializeToString()))
+        commands.append(("EXPIRE", key, _CACHE_KEY_SECONDS))
+    if commands:
+        await connection.pipeline(commands)
+
+
+async def read_cache_statistics(connection: Connection, queue: str) -> dict[str, CacheStatistics]:
+    """Read what gateways answered of a queue without replicas, by gateway; raises like ``read_statistics``.
+
+    What a gateway published that publishes no more is left out.
+    """
+    fields = await connection.command("HGETALL", keys.cache(queue))
+    oldest = time.time_ns() // 1_000_000 - CACHE_MILLIS
+    found = {}
+    for gateway, data in zip(fields[::2], fields[1::2], strict=True):
+        try:
+            statistics = CacheStatistics.FromString(data)
+        except DecodeError:
+            log.error("The statistics of %r in queue %s are unreadable.", gateway, queue)
+            continue
+        if statistics.update_unix_millis >= oldest:
+            found[gateway.decode()] = statistics
+    return found
 
 
 async def dead_letters(connection: Connection, queue: str, limit: int = 100) -> list[DeadLetter]:

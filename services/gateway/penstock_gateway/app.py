@@ -26,6 +26,7 @@ from penstock_gateway.hotpath.http.server import HttpServer
 from penstock_gateway.hotpath.infer import InferHandler
 from penstock_gateway.settings import GatewaySettings
 from penstock_gateway.usecases.catalog import Catalog
+from penstock_gateway.usecases.publish import CacheReport
 from penstock_gateway.usecases.repository import Repository
 from penstock_gateway.usecases.watch import QueueWatch
 from penstock_kit.lifecycle import TaskSet
@@ -80,11 +81,16 @@ class Gateway:
         limit, timeout = settings.max_message_bytes, settings.gateway_default_timeout_seconds
         self._tasks = TaskSet()
         self._sender = RequestSender(settings.redis_url, self.name)
-        self._statistics = StatisticsReader(settings.redis_url)
+        self._statistics = StatisticsReader(
+            settings.redis_url, self.name, lambda: self._dispatcher.cache.tallies()
+        )
         self._scheduler = Service("scheduler", settings.scheduler_address, limit)
         self._registry = Service("registry", settings.registry_address, limit)
         self._dispatcher = Dispatcher(
-            self._sender, default_timeout=timeout, traced=bool(settings.otlp_endpoint)
+            self._sender,
+            default_timeout=timeout,
+            traced=bool(settings.otlp_endpoint),
+            cache_bytes=settings.gateway_cache_bytes,
         )
         self._watcher = RouteWatcher(self._scheduler.channel, self.name, self._dispatcher.update)
         self._queues = QueueWatch(lambda: self._dispatcher.waitlists, self._statistics)
@@ -140,6 +146,7 @@ class Gateway:
         self._tasks.run_forever("routes", self._watcher.run)
         self._tasks.run_forever("registry health", self._registry.look)
         self._tasks.run_forever("depths of queues", self._queues.run)
+        self._tasks.run_forever("counters of the cache", CacheReport(self._statistics).run)
         await self._server.start(self._listener)
 
     async def drain(self) -> None:

@@ -35,6 +35,13 @@ class GatewaySettings(ServiceSettings):
         1 << 30, gt=0, description="Bytes of unfinished request bodies held at most, over all connections"
     )
 
+    gateway_cache_bytes: int = Field(
+        256 << 20,
+        ge=0,
+        le=1 << 40,
+        description="Bytes of answers kept for equal requests, over all deployments; 0 keeps none",
+    )
+
     @property
     def host(self) -> str:
         """Address to listen on."""

@@ -123,7 +123,7 @@ async def test_equal_requests_are_computed_once_and_each_gets_its_own_id(bench: 
     await asyncio.sleep(0)
     assert later.answer.id == "fourth"
     assert b"first" not in later.outcome.payload  # type: ignore[union-attr]
-    tally = bench.cache.tally(QUEUE)
+    tally = bench.cache.tallies()[QUEUE]
     assert (tally.hits, tally.joined, tally.misses) == (1, 2, 1)
 
 

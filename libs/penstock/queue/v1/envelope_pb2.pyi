@@ -305,8 +305,9 @@ class CacheStatistics(_message.Message):
     MISS_NS_FIELD_NUMBER: _builtins.int
     LAST_HIT_MS_FIELD_NUMBER: _builtins.int
     UPDATE_UNIX_MILLIS_FIELD_NUMBER: _builtins.int
+    JOINED_COUNT_FIELD_NUMBER: _builtins.int
     hit_count: _builtins.int
-    """Requests answered with a kept answer, or with that of an equal request."""
+    """Requests answered with a kept answer."""
     hit_ns: _builtins.int
     """Looking up kept answers that were found."""
     miss_count: _builtins.int
@@ -317,6 +318,8 @@ class CacheStatistics(_message.Message):
     """Unix time in milliseconds of the last hit."""
     update_unix_millis: _builtins.int
     """Unix time in milliseconds when this was written; counters of a gateway that writes no more are past."""
+    joined_count: _builtins.int
+    """Requests answered with the answer to an equal one that was being computed."""
     def __init__(
         self,
         *,
@@ -326,10 +329,11 @@ class CacheStatistics(_message.Message):
         miss_ns: _builtins.int = ...,
         last_hit_ms: _builtins.int = ...,
         update_unix_millis: _builtins.int = ...,
+        joined_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hit_count", b"hit_count", "hit_ns", b"hit_ns", "last_hit_ms", b"last_hit_ms", "miss_count", b"miss_count", "miss_ns", b"miss_ns", "update_unix_millis", b"update_unix_millis"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hit_count", b"hit_count", "hit_ns", b"hit_ns", "joined_count", b"joined_count", "last_hit_ms", b"last_hit_ms", "miss_count", b"miss_count", "miss_ns", b"miss_ns", "update_unix_millis", b"update_unix_millis"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

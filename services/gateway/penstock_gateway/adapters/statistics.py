@@ -1,19 +1,24 @@
-"""Reads what Redis has of queues: their depths, and what replicas publish about themselves."""
+"""What Redis has of queues: their depths, and what replicas and gateways publish about themselves."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 import hiredis
 
-from penstock.queue.v1.envelope_pb2 import ReplicaStatistics
-from penstock_gateway.domain.statistics import Batch, Counters
+from penstock.queue.v1.envelope_pb2 import CacheStatistics, ReplicaStatistics
+from penstock_gateway.domain.statistics import Batch, CacheCounters, Counters
 from penstock_kit.errors import PenstockError, Unavailable
 from penstock_kit.queue.address import Address
 from penstock_kit.queue.connection import Connection
-from penstock_kit.queue.statistics import read_depths, read_statistics
+from penstock_kit.queue.statistics import (
+    publish_cache_statistics,
+    read_cache_statistics,
+    read_depths,
+    read_statistics,
+)
 
 T = TypeVar("T")
 
@@ -27,10 +32,19 @@ class StatisticsReader:
 
     Args:
         url: Of Redis.
+        gateway: Name of this process.
+        tallies: Gives what this process answered without replicas, by queue.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        gateway: str = "",
+        tallies: Callable[[], Mapping[str, CacheCounters]] = dict,
+    ) -> None:
         self._address = Address.parse(url)
+        self._gateway = gateway
+        self._tallies = tallies
         self._connection: Connection | None = None
         self._connecting = asyncio.Lock()
 
@@ -44,13 +58,38 @@ class StatisticsReader:
             self._connection = None
 
     async def read(self, queue: str) -> list[Counters]:
-        """Return the counters of a queue's replicas.
+        """Return the counters of a queue's replicas, and of what gateways answered without them.
 
         Raises:
             Unavailable: Redis cannot be reached.
         """
         found = await self._ask(lambda connection: read_statistics(connection, queue))
-        return [to_counters(one) for one in found.values()]
+        cached = await self._ask(lambda connection: read_cache_statistics(connection, queue))
+        tallies = [to_cache_counters(one) for name, one in cached.items() if name != self._gateway]
+        own = self._tallies().get(queue)  # fresher than what was published
+        if own is not None:
+            tallies.append(own)
+        return [to_counters(one) for one in found.values()] + [Counters(cache=one) for one in tallies]
+
+    async def publish(self) -> None:
+        """Tell other gateways what this one answered without replicas.
+
+        Raises:
+            Unavailable: Redis cannot be reached.
+        """
+        found = {
+            queue: CacheStatistics(
+                hit_count=tally.hits,
+                joined_count=tally.joined,
+                hit_ns=tally.hit_ns,
+                miss_count=tally.misses,
+                miss_ns=tally.miss_ns,
+                last_hit_ms=tally.last_hit_ms,
+            )
+            for queue, tally in self._tallies().items()
+        }
+        if found:
+            await self._ask(lambda connection: publish_cache_statistics(connection, self._gateway, found))
 
     async def depths(self, queues: Sequence[str]) -> list[tuple[int, ...]]:
         """Return how many requests each queue holds, by priority, those being computed included.
@@ -90,4 +129,16 @@ def to_counters(found: ReplicaStatistics) -> Counters:
         output_ns=found.output_ns,
         last_inference_ms=found.last_inference_ms,
         batches={b.batch_size: Batch(b.count, b.input_ns, b.compute_ns, b.output_ns) for b in found.batches},
+    )
+
+
+def to_cache_counters(found: CacheStatistics) -> CacheCounters:
+    """Return what another gateway answered without replicas."""
+    return CacheCounters(
+        hits=found.hit_count,
+        hit_ns=found.hit_ns,
+        joined=found.joined_count,
+        misses=found.miss_count,
+        miss_ns=found.miss_ns,
+        last_hit_ms=found.last_hit_ms,
     )

@@ -63,6 +63,7 @@ class GatewayCollector(Collector):
             seconds.add_metric([name], buckets, lane.seconds)
         yield from (answers, waiting, seconds, ready, refused)
         yield from self._queues()
+        yield from self._cache()
         generation = GaugeMetricFamily("penstock_gateway_route_generation", "Of the routing table.")
         generation.add_metric([], self._dispatcher.table.generation)
         yield generation
@@ -96,6 +97,28 @@ class GatewayCollector(Collector):
                     wait.add_metric(where, backlog.expected_wait)
                     pace.add_metric(where, backlog.answers_per_second)
         yield from (ahead, wait, pace)
+
+    def _cache(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "penstock_gateway_cache_requests",
+            "Inferences by what became of them: hit, joined (to an equal one under way), miss, "
+            "skipped (too large or too odd to look up).",
+            labels=["deployment", "result"],
+        )
+        evictions = CounterMetricFamily(
+            "penstock_gateway_cache_evictions", "Answers that made room for others.", labels=["deployment"]
+        )
+        size = GaugeMetricFamily("penstock_gateway_cache_bytes", "Kept answers.", labels=["deployment"])
+        entries = GaugeMetricFamily("penstock_gateway_cache_entries", "Kept answers.", labels=["deployment"])
+        for name, shelf in list(self._dispatcher.cache.shelves.items()):
+            done = shelf.total()
+            results = {"hit": done.hits, "joined": done.joined, "miss": done.misses, "skipped": shelf.skipped}
+            for result, count in results.items():
+                requests.add_metric([name, result], count)
+            evictions.add_metric([name], shelf.evicted)
+            size.add_metric([name], shelf.bytes)
+            entries.add_metric([name], len(shelf))
+        yield from (requests, evictions, size, entries)
 
 
 class Metrics:

@@ -1,4 +1,4 @@
-"""Counters of replicas, summed to what a caller asks for. Durations in nanoseconds."""
+"""Counters of replicas and of the cache, summed to what a caller asks for. Durations in nanoseconds."""
 
 from __future__ import annotations
 
@@ -17,8 +17,38 @@ class Batch:
 
 
 @dataclass(slots=True)
+class CacheCounters:
+    """What gateways answered of one version without its replicas.
+
+    Attributes:
+        hits: Requests given a kept answer.
+        hit_ns: Looking those up.
+        joined: Requests given the answer to an equal one that was being computed.
+        misses: Requests that had to be computed although answers are kept.
+        miss_ns: Looking those up, and keeping their answers.
+        last_hit_ms: Unix time in milliseconds of the last request that was not computed.
+    """
+
+    hits: int = 0
+    hit_ns: int = 0
+    joined: int = 0
+    misses: int = 0
+    miss_ns: int = 0
+    last_hit_ms: int = 0
+
+    def add(self, other: CacheCounters) -> None:
+        """Add another one's; of the last request the latest."""
+        self.hits += other.hits
+        self.hit_ns += other.hit_ns
+        self.joined += other.joined
+        self.misses += other.misses
+        self.miss_ns += other.miss_ns
+        self.last_hit_ms = max(self.last_hit_ms, other.last_hit_ms)
+
+
+@dataclass(slots=True)
 class Counters:
-    """What replicas did since each started; see ReplicaStatistics in the queue's protos."""
+    """What replicas did since each started, and the cache beside them; see the queue's protos."""
 
     success_count: int = 0
     failure_count: int = 0
@@ -32,6 +62,7 @@ class Counters:
     output_ns: int = 0
     last_inference_ms: int = 0
     batches: dict[int, Batch] = field(default_factory=dict)
+    cache: CacheCounters = field(default_factory=CacheCounters)
 
 
 _SUMS = (
@@ -55,6 +86,7 @@ def total(parts: Iterable[Counters]) -> Counters:
         for name in _SUMS:
             setattr(out, name, getattr(out, name) + getattr(part, name))
         out.last_inference_ms = max(out.last_inference_ms, part.last_inference_ms)
+        out.cache.add(part.cache)
         for rows, batch in part.batches.items():
             into = out.batches.setdefault(rows, Batch())
             into.count += batch.count

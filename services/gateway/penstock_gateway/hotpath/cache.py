@@ -12,10 +12,10 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 from penstock.queue.v1.envelope_pb2 import ReplyHeader
 from penstock_gateway.domain.routing import CachePolicy, Table, Target
+from penstock_gateway.domain.statistics import CacheCounters
 from penstock_gateway.hotpath.canonical import key_of
 from penstock_gateway.hotpath.flights import Flight, Look
 from penstock_kit.queue.messages import Reply
@@ -39,27 +39,6 @@ class _Entry:
         self.expires = expires
 
 
-@dataclass(slots=True)
-class Tally:
-    """What the cache did for one version. Durations in nanoseconds.
-
-    Attributes:
-        hits: Requests given a kept answer.
-        hit_ns: Looking those up.
-        joined: Requests given the answer to an equal one that was being computed.
-        misses: Requests that had to be computed although answers are kept.
-        miss_ns: Looking those up, and keeping their answers.
-        last_hit_ms: Unix time in milliseconds of the last request that was not computed.
-    """
-
-    hits: int = 0
-    hit_ns: int = 0
-    joined: int = 0
-    misses: int = 0
-    miss_ns: int = 0
-    last_hit_ms: int = 0
-
-
 class Shelf:
     """The answers of one deployment, the longest unused first.
 
@@ -75,7 +54,7 @@ class Shelf:
         skipped: Requests that were too large, or of too odd a form, to be looked up.
     """
 
-    __slots__ = ("_cache", "_entries", "bytes", "evicted", "flights", "policy", "skipped", "tallies")
+    __slots__ = ("_cache", "_entries", "_past", "bytes", "evicted", "flights", "policy", "skipped", "tallies")
 
     def __init__(self, cache: ResponseCache, policy: CachePolicy) -> None:
         self._cache = cache
@@ -83,9 +62,10 @@ class Shelf:
         self.policy = policy
         self.bytes = 0
         self.flights: dict[tuple[bytes, int], Flight] = {}
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: dict[str, CacheCounters] = {}
         self.evicted = 0
         self.skipped = 0
+        self._past = CacheCounters()  # of versions that are gone
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -94,6 +74,13 @@ class Shelf:
     def oldest_use(self) -> float:
         """When the answer that is unused for longest was used; infinite if there is none."""
         return next(iter(self._entries.values())).used if self._entries else float("inf")
+
+    def total(self) -> CacheCounters:
+        """Return what was done for all versions, those that are gone included."""
+        found = CacheCounters()
+        for tally in (self._past, *self.tallies.values()):
+            found.add(tally)
+        return found
 
     def look(
         self, target: Target, name: str, payload_format: int, json_length: int, payload: bytes, priority: int
@@ -117,7 +104,7 @@ class Shelf:
         key, request_id = found
         tally = self.tallies.get(target.queue)
         if tally is None:
-            tally = self.tallies[target.queue] = Tally()
+            tally = self.tallies[target.queue] = CacheCounters()
         look = Look(self._cache, self, key, request_id, tally)
         if self.policy.keep:
             look.reply = self.find(key)
@@ -182,7 +169,8 @@ class Shelf:
         if not self.tallies.keys() <= here:
             for key in [key for key, entry in self._entries.items() if entry.queue not in here]:
                 self._drop(key)
-            self.tallies = {queue: tally for queue, tally in self.tallies.items() if queue in here}
+            for queue in self.tallies.keys() - here:
+                self._past.add(self.tallies.pop(queue))
         while self.bytes > policy.max_bytes:
             self.evict()
 
@@ -264,9 +252,6 @@ class ResponseCache:
         while self.bytes > self.limit_bytes:
             min(self.shelves.values(), key=lambda shelf: shelf.oldest_use).evict()
 
-    def tally(self, queue: str) -> Tally:
-        """Return what was done for one version here; zeros if nothing was."""
-        for shelf in self.shelves.values():
-            if queue in shelf.tallies:
-                return shelf.tallies[queue]
-        return Tally()
+    def tallies(self) -> dict[str, CacheCounters]:
+        """Return what was done here, by queue."""
+        return {queue: tally for shelf in self.shelves.values() for queue, tally in shelf.tallies.items()}

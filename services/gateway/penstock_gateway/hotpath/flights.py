@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from penstock.queue.v1.envelope_pb2 import RequestHeader
 from penstock_gateway.domain.admission import NOWHERE, Backlog
+from penstock_gateway.domain.statistics import CacheCounters
 from penstock_gateway.hotpath.canonical import Unusual, with_id, without_id
 from penstock_kit.errors import Code, DeadlineExceeded, PenstockError
 from penstock_kit.queue.messages import Reply
 from penstock_kit.queue.waiting import deadline_exceeded
 
 if TYPE_CHECKING:
-    from penstock_gateway.hotpath.cache import ResponseCache, Shelf, Tally
+    from penstock_gateway.hotpath.cache import ResponseCache, Shelf
 
 _DEADLINE_EXCEEDED = int(Code.DEADLINE_EXCEEDED)
 # So many are answered before others have their turn: an answer takes some 20 µs to write.
@@ -71,7 +72,7 @@ class Look:
     __slots__ = ("_cache", "_key", "_request_id", "_shelf", "_tally", "flight", "lookup_ns", "reply")
 
     def __init__(
-        self, cache: ResponseCache, shelf: Shelf, key: bytes, request_id: bytes, tally: Tally
+        self, cache: ResponseCache, shelf: Shelf, key: bytes, request_id: bytes, tally: CacheCounters
     ) -> None:
         self._cache = cache
         self._shelf = shelf
@@ -179,7 +180,7 @@ class Flight:
         queue: str,
         payload: bytes,
         priority: int,
-        tally: Tally,
+        tally: CacheCounters,
     ) -> None:
         self._cache = cache
         self._shelf = shelf

@@ -85,24 +85,30 @@ def config(offer: Offer) -> oip.ModelConfig:
 
 
 def statistics(found: VersionCounters) -> oip.ModelStatistics:
-    """Return the counters of one version, under Triton's names."""
+    """Return the counters of one version, under Triton's names.
+
+    As there, `success` counts what came out of the cache too, `inference_count` only what was computed. Those
+    who waited for an equal request count as hits, without their waiting.
+    """
     c = found.counters
     answered = c.success_count
+    cache = c.cache
+    uncomputed = cache.hits + cache.joined
     out = oip.ModelStatistics(
         name=found.name,
         version=str(found.version),
-        last_inference=c.last_inference_ms,
+        last_inference=max(c.last_inference_ms, cache.last_hit_ms),
         inference_count=c.inference_count,
         execution_count=c.execution_count,
         inference_stats=oip.InferStatistics(
-            success=_duration(c.success_count, c.success_ns),
+            success=_duration(answered + uncomputed, c.success_ns + cache.hit_ns),
             fail=_duration(c.failure_count, c.failure_ns),
             queue=_duration(answered, c.queue_ns),
             compute_input=_duration(answered, c.input_ns),
             compute_infer=_duration(answered, c.compute_ns),
             compute_output=_duration(answered, c.output_ns),
-            cache_hit=_duration(0, 0),
-            cache_miss=_duration(0, 0),
+            cache_hit=_duration(uncomputed, cache.hit_ns),
+            cache_miss=_duration(cache.misses, cache.miss_ns),
         ),
     )
     add_batches(out, c)
