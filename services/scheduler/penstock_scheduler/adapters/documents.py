@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from penstock.registry.v1 import version_pb2
+from penstock_kit.ensembles import steps_from_proto
 from penstock_scheduler.domain.resources import Batching, Resources
 from penstock_scheduler.domain.version import Version, VersionKey
 
@@ -32,6 +33,7 @@ def version_from_message(message: version_pb2.Version) -> Version:
             max_delay_microseconds=manifest.batching.max_delay_microseconds,
             pad_variable_dimensions=manifest.batching.pad_variable_dimensions,
         ),
+        steps=steps_from_proto(manifest.ensemble),
         document=kept.SerializeToString(deterministic=True),
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from penstock_kit.queue.keys import queue_name
 from penstock_scheduler.domain.deployment import NO_CACHE, Deployment, DeploymentState, ResponseCache
+from penstock_scheduler.domain.planner.ensembles import Obstacles, obstacles
 from penstock_scheduler.domain.planner.snapshot import Snapshot
 from penstock_scheduler.domain.replica import Replica, ReplicaState
 from penstock_scheduler.domain.resources import Batching
@@ -43,19 +44,22 @@ def routes_of(snapshot: Snapshot) -> tuple[Route, ...]:
 
     A version stays in the table while any of its replicas lives, so that what waits in its queue
     is answered before the queue disappears. A deployment that is being deleted has only targets
-    of weight 0.
+    of weight 0. An ensemble has no ready replica while a step of it would not answer.
     """
     replicas: dict[str, list[Replica]] = defaultdict(list)
     for replica in snapshot.replicas.values():
         if replica.placed:
             replicas[replica.deployment].append(replica)
+    blocked = obstacles(snapshot)
     return tuple(
-        _route(deployment, replicas[name], snapshot)
+        _route(deployment, replicas[name], snapshot, blocked)
         for name, deployment in sorted(snapshot.deployments.items())
     )
 
 
-def _route(deployment: Deployment, replicas: Iterable[Replica], snapshot: Snapshot) -> Route:
+def _route(
+    deployment: Deployment, replicas: Iterable[Replica], snapshot: Snapshot, blocked: Obstacles
+) -> Route:
     deleting = deployment.state is DeploymentState.DELETING
     spec = deployment.serving or deployment.asked
     weights: dict[VersionKey, int] = {}
@@ -73,7 +77,7 @@ def _route(deployment: Deployment, replicas: Iterable[Replica], snapshot: Snapsh
             version=(version := snapshot.versions[key]),
             weight=weight,
             queue=queue_name(deployment.name, key.number, version.digest),
-            ready_replicas=ready[key],
+            ready_replicas=0 if (deployment.name, key) in blocked else ready[key],
             batching=batchings[key],
             aliases=_aliases_of(key, snapshot.aliases),
         )
@@ -83,7 +87,8 @@ def _route(deployment: Deployment, replicas: Iterable[Replica], snapshot: Snapsh
     if deleting:
         message = f"Deployment {deployment.name} is being deleted."
     elif not any(target.weight and target.ready_replicas for target in targets):
-        message = deployment.message or "Its replicas are starting."
+        why = [blocked[deployment.name, key] for key in weights if (deployment.name, key) in blocked]
+        message = why[0] if why else deployment.message or "Its replicas are starting."
     return Route(
         deployment.name, targets, deployment.max_queue_depth, deployment.state, message, deployment.cache
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from penstock_kit.ensembles import Step
 from penstock_scheduler.domain.resources import NO_BATCHING, NO_RESOURCES, Batching, Resources
 
 
@@ -32,6 +33,7 @@ class Version:
         size_bytes: sum of its files.
         resources: needs stated by its manifest; 0 where it states none.
         batching: how its manifest wants requests joined.
+        steps: the deployments that it calls, if it is an ensemble.
         document: the registry's message, serialized; opaque to the domain.
     """
 
@@ -41,4 +43,5 @@ class Version:
     size_bytes: int = 0
     resources: Resources = NO_RESOURCES
     batching: Batching = NO_BATCHING
+    steps: tuple[Step, ...] = ()
     document: bytes = field(default=b"", repr=False)

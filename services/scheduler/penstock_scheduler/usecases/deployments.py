@@ -19,6 +19,7 @@ from penstock_scheduler.domain.deployment import (
     Target,
 )
 from penstock_scheduler.domain.node import NodeState
+from penstock_scheduler.domain.planner.ensembles import callers_of
 from penstock_scheduler.domain.planner.feasible import Placement, Rejection, Usage, check, closest
 from penstock_scheduler.domain.planner.snapshot import group_of
 from penstock_scheduler.domain.resources import NO_RESOURCES, Batching, Defaults, Resources
@@ -227,12 +228,22 @@ class Deployments:
 
         Raises:
             NotFound: there is none of that name.
+            FailedPrecondition: a step of a deployed ensemble calls it; reason IN_USE.
         """
         async with self._works() as work:
             deployment = await work.deployments.get(name, lock=True)
             if deployment is None:
                 raise _unknown(name)
             if deployment.state is not DeploymentState.DELETING:
+                stored = await work.cluster.load()
+                caller = callers_of(name, stored.deployments.values(), stored.versions)
+                if caller:
+                    raise FailedPrecondition(
+                        f"Deployment {name} cannot be deleted: {caller} calls it. Delete or change that "
+                        "first.",
+                        reason=Reason.IN_USE,
+                        metadata={"deployment": name},
+                    )
                 now = datetime.now(UTC)
                 ended = deployment.advance(DeploymentState.DELETING, now, "Its replicas finish their work.")
                 await work.deployments.replace(replace(ended, updated_by=actor))

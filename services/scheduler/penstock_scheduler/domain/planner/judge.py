@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
+from penstock_scheduler.domain.version import VersionKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +21,26 @@ class Standing:
         replicas: those that are not STOPPED.
         asked: the groups that it asks for.
         serving: the groups that callers get.
+        obstacles: versions whose replicas would not answer, and why (ensembles whose steps cannot be called).
     """
 
     deployment: Deployment
     replicas: tuple[Replica, ...]
     asked: frozenset[GroupKey]
     serving: frozenset[GroupKey]
+    obstacles: Mapping[VersionKey, str] = field(default_factory=dict)
 
     def ready(self, groups: frozenset[GroupKey]) -> Counter[GroupKey]:
         """Counts the replicas that answer, by group."""
-        return Counter(r.group for r in self.replicas if r.group in groups and r.state is ReplicaState.READY)
+        return Counter(
+            r.group
+            for r in self.replicas
+            if r.group in groups and r.state is ReplicaState.READY and r.group.version not in self.obstacles
+        )
+
+    def obstacle(self) -> str:
+        """Says what keeps replicas of what is asked for from answering; empty if nothing does."""
+        return next(filter(None, (self.obstacles.get(key.version) for key in sorted(self.asked))), "")
 
     def trouble(self) -> Replica | None:
         """The replica of what is asked for that says most about why it is not there."""
@@ -55,13 +67,17 @@ def _verdict(standing: Standing, now: datetime, failing_seconds: float) -> tuple
     asked_ready = standing.ready(standing.asked)
     trouble = standing.trouble()
     why = f" replicas/{trouble.id}: {trouble.message}" if trouble else ""
+    obstacle = standing.obstacle()
+    if trouble is None and obstacle:
+        why = f" {obstacle}"
     crashing = trouble is not None and trouble.state is ReplicaState.BACKOFF
 
     if deployment.serving is None:
         # Nothing has answered yet.
         if deployment.state is DeploymentState.FAILED or crashing:
             return DeploymentState.FAILED, f"It could not be started; retrying.{why}"
-        return deployment.state, f"Replicas are starting.{why}"
+        waiting = "Replicas are starting." if trouble or not obstacle else "It waits for other deployments."
+        return deployment.state, f"{waiting}{why}"
 
     answering = sum(standing.ready(standing.serving).values()) > 0
     if deployment.serving != deployment.asked:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
 from penstock_scheduler.domain.node import Node, NodeState
 from penstock_scheduler.domain.planner import judge
+from penstock_scheduler.domain.planner.ensembles import Obstacles, obstacles
 from penstock_scheduler.domain.planner.feasible import (
     Placement,
     Rejection,
@@ -88,7 +89,9 @@ def plan(snapshot: Snapshot, policy: Policy = DEFAULT_POLICY) -> Plan:
     draft = _Draft(snapshot, policy)
     draft.follow_nodes()
     draft.follow_replicas()
-    draft.switch()
+    draft.survey()
+    while draft.switch():
+        draft.survey()
     draft.scale()
     draft.place()
     draft.judge()
@@ -108,6 +111,7 @@ class _Draft:
         }
         self._deployments = dict(snapshot.deployments)
         self._removed: list[str] = []
+        self._obstacles: Obstacles = {}
         self._asked: dict[str, dict[GroupKey, Group]] = {}
         self._serving: dict[str, dict[GroupKey, Group]] = {}
         for name, deployment in snapshot.deployments.items():
@@ -148,8 +152,15 @@ class _Draft:
             for replica in self._replicas_on(name):
                 self._replicas[replica.id] = replica.observe(report.replicas.get(replica.id), self._now)
 
-    def switch(self) -> None:
-        """Lets new targets answer, all at once, as soon as every one of them can."""
+    def survey(self) -> None:
+        """Looks which ensembles would not answer, because a step of theirs would not."""
+        self._obstacles = obstacles(
+            replace(self._snapshot, replicas=self._replicas, deployments=self._deployments)
+        )
+
+    def switch(self) -> bool:
+        """Lets new targets answer, all at once, as soon as every one of them can; whether any began to."""
+        switched = False
         for name, deployment in self._deployments.items():
             if deployment.state is DeploymentState.DELETING or deployment.serving == deployment.asked:
                 continue
@@ -157,6 +168,8 @@ class _Draft:
             if all(key in serving or self._answers(name, key) for key in self._asked[name]):
                 self._deployments[name] = replace(deployment, serving=deployment.asked)
                 self._serving[name] = self._asked[name]
+                switched = True
+        return switched
 
     def scale(self) -> None:
         """Makes replicas that are missing, and drains those that are not needed any more."""
@@ -216,6 +229,7 @@ class _Draft:
                     tuple(self._replicas_of(name)),
                     frozenset(self._asked[name]),
                     frozenset(self._serving[name]),
+                    {key: why for (owner, key), why in self._obstacles.items() if owner == name},
                 )
                 self._deployments[name] = judge.judge(standing, self._now, self._policy.failing_seconds)
 
@@ -296,6 +310,8 @@ class _Draft:
     def _answers(self, name: str, key: GroupKey) -> bool:
         """Whether a group answers as well as it will for now: one is ready and none is about to be."""
         states = {r.state for r in self._replicas_of(name) if r.group == key}
+        if (name, key.version) in self._obstacles:
+            return False
         return ReplicaState.READY in states and ReplicaState.STARTING not in states
 
     def _replicas_on(self, node: str) -> list[Replica]:
