@@ -166,6 +166,7 @@ class World(
         aliases: dict[int, list[str]] | None = None,
         digest: str = DIGEST,
         max_batch_size: int = 8,
+        cache: deployment_pb2.ResponseCache | None = None,
     ) -> None:
         """Route a name; `versions` gives the weight of each."""
         route = routing_service_pb2.Route(
@@ -173,6 +174,7 @@ class World(
             max_queue_depth=depth,
             message=message,
             state=deployment_pb2.DeploymentState.Name(state),
+            cache=cache,
         )
         for version, weight in (versions or {1: 100}).items():
             target = route.targets.add(
