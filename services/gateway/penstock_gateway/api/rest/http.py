@@ -25,7 +25,7 @@ from penstock_kit.errors import (
 
 JSON = "application/json"
 BINARY = "application/octet-stream"
-# Ours, and the one by which Envoy (Istio, Contour …) tells those behind it how long it waits; 0 is "for ever".
+# Ours, and the one by which Envoy (Istio, Contour …) tells how long it waits; 0 is "for ever".
 TIMEOUT_HEADER = b"x-request-timeout-ms"
 PROXY_TIMEOUT_HEADER = b"x-envoy-expected-rq-timeout-ms"
 # A caller that still sends does not read: a body over the limit is read on, and thrown away, so that the
