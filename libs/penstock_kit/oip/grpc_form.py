@@ -12,6 +12,7 @@ from penstock.oip.v2 import inference_pb2 as oip
 from penstock_kit.oip.datatypes import Array, check_shape, from_raw, invalid, object_array, show_shape, to_raw
 from penstock_kit.oip.request import Encoded, Form, InferRequest, InputTable, malformed, refuse_extensions
 from penstock_kit.oip.signature import TensorSpec
+from penstock_kit.oip.templates import Templates, walk
 
 # Where the values of each datatype stand in InferTensorContents. FP16 and BF16 exist only as raw.
 _FIELDS = {
@@ -32,7 +33,7 @@ _FIELDS = {
 _LARGE = 64 * 1024
 _RAW_INPUT_TAG = 7 << 3 | 2
 _RAW_OUTPUT_TAG = bytes([6 << 3 | 2])
-_ID_TAG = bytes([3 << 3 | 2])
+_RAW_OUTPUT_HEADS = [_RAW_OUTPUT_TAG + bytes([size]) for size in range(0x80)]
 _HEADS_KEPT = 256
 
 
@@ -48,6 +49,7 @@ class GrpcForm:
         self._table = table
         self._version = version
         self._heads: dict[tuple[object, ...], bytes] = {}
+        self._templates = Templates()
 
     def decode(self, payload: bytes) -> InferRequest:
         """Return what a serialized ModelInferRequest asks for.
@@ -55,6 +57,10 @@ class GrpcForm:
         Raises:
             InvalidArgument: It is not such a message, or does not fit the signature.
         """
+        return self._templates.read(payload) or self.parse(payload)
+
+    def parse(self, payload: bytes) -> InferRequest:
+        """Return what `decode` returns, without the help of earlier requests; raises like it."""
         raws: list[bytes | memoryview]
         try:
             if len(payload) > _LARGE:
@@ -103,6 +109,7 @@ class GrpcForm:
                 key: getattr(value, value.WhichOneof("parameter_choice") or "int64_param")
                 for key, value in message.parameters.items()
             }
+        self._templates.learn(payload, [tensor.name for tensor in tensors], request)
         return request
 
     def encode(self, request: InferRequest, model_name: str, outputs: Mapping[str, Array]) -> Encoded:
@@ -113,7 +120,11 @@ class GrpcForm:
         specs = self._table.outputs
         if request.form is Form.TYPED and all(specs[name].datatype in _FIELDS for name in outputs):
             return Encoded(self._typed(request, model_name, outputs), 0)
-        key = (model_name, *outputs, *[array.shape for array in outputs.values()])
+        if len(outputs) == 1:
+            ((name, array),) = outputs.items()
+            key: tuple[object, ...] = (model_name, name, array.shape)
+        else:
+            key = (model_name, *outputs, *[array.shape for array in outputs.values()])
         head = self._heads.get(key)
         if head is None:
             head = self._message(model_name, outputs).SerializeToString()
@@ -124,10 +135,11 @@ class GrpcForm:
         parts: list[bytes | memoryview] = [head]
         if request.id:
             text = request.id.encode()
-            parts += (_ID_TAG, varint(len(text)), text)
+            parts.append(b"\x1a%b%b" % (varint(len(text)), text))  # field 3
         for array in outputs.values():
             raw = to_raw(array)
-            parts += (_RAW_OUTPUT_TAG, varint(len(raw)), raw)
+            size = len(raw)
+            parts += (_RAW_OUTPUT_HEADS[size] if size < 0x80 else _RAW_OUTPUT_TAG + varint(size), raw)
         return Encoded(b"".join(parts), 0)
 
     def _typed(self, request: InferRequest, model_name: str, outputs: Mapping[str, Array]) -> bytes:
@@ -179,44 +191,16 @@ def cut_raw(payload: bytes, raw_tag: int) -> tuple[bytes, list[bytes | memoryvie
         DecodeError, IndexError: The message is cut short or no protobuf message.
     """
     view = memoryview(payload)
-    end = len(view)
     raws: list[bytes | memoryview] = []
     rest: list[memoryview] = []
-    at = kept = 0
-    while at < end:
-        start = at
-        tag, at = _read_varint(view, at)
-        kind = tag & 7
-        if kind == 2:
-            length, at = _read_varint(view, at)
-            if at + length > end:
-                raise DecodeError("Truncated message.")
-            if tag == raw_tag:
-                rest.append(view[kept:start])
-                raws.append(view[at : at + length])
-                kept = at + length
-            at += length
-        elif kind == 0:
-            _, at = _read_varint(view, at)
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
-            raise DecodeError("Unknown wire type.")
-    rest.append(view[kept:end])
+    kept = 0
+    for tag, start, value, end in walk(view):
+        if tag == raw_tag:
+            rest.append(view[kept:start])
+            raws.append(view[value:end])
+            kept = end
+    rest.append(view[kept:])
     return b"".join(rest), raws
-
-
-def _read_varint(view: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = view[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise DecodeError("A number is too long.")
 
 
 def varint(value: int) -> bytes:

@@ -1,5 +1,6 @@
 """What a replica writes to Redis when it answers: encoding, and what Redis may say to it. No I/O here."""
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,12 +77,12 @@ def encode_answers(
     out: list[Buffer] = [_MULTI]
     count = 2
     for gateway, lists in items.items():
-        key = keys.replies(gateway)
+        push, expire = _to_gateway(gateway)
         for item in lists:
-            out.append(b"*3\r\n$5\r\nRPUSH\r\n%b$%d\r\n" % (bulk(key), sum(map(len, item))))
+            out.append(b"%b$%d\r\n" % (push, sum(map(len, item))))
             out += item
             out.append(b"\r\n")
-        out.append(encode("EXPIRE", key, REPLIES_SECONDS))
+        out.append(expire)
         count += len(lists) + 1
     for stream, ids in by_stream.items():
         out.append(_take_off(stream, ids))
@@ -120,14 +121,25 @@ def _by_stream(entries: Sequence[Key]) -> dict[bytes, list[bytes]]:
     return found
 
 
+@functools.lru_cache(256)
+def _to_gateway(gateway: str) -> tuple[bytes, bytes]:
+    """The RPUSH of replies to a gateway up to the item, and the EXPIRE that follows it."""
+    key = keys.replies(gateway)
+    return b"*3\r\n$5\r\nRPUSH\r\n" + bulk(key), encode("EXPIRE", key, REPLIES_SECONDS)
+
+
+@functools.lru_cache(16)
+def _from_stream(stream: bytes) -> tuple[bytes, bytes]:
+    """XACK and XDEL of a stream, from behind the number of arguments up to the ids."""
+    return b"$4\r\nXACK\r\n" + bulk(stream) + bulk(keys.GROUP), b"$4\r\nXDEL\r\n" + bulk(stream)
+
+
 def _take_off(stream: bytes, ids: Sequence[bytes]) -> bytes:
     """XACK and XDEL of entries on the wire; the ids, which both have, are encoded once."""
     encoded = b"".join([b"$%d\r\n%b\r\n" % (len(entry_id), entry_id) for entry_id in ids])
-    name, group = bulk(stream), bulk(keys.GROUP)
-    return b"*%d\r\n$4\r\nXACK\r\n%b%b%b*%d\r\n$4\r\nXDEL\r\n%b%b" % (
-        *(len(ids) + 3, name, group, encoded),
-        *(len(ids) + 2, name, encoded),
-    )
+    ack, delete = _from_stream(stream)
+    count = len(ids)
+    return b"*%d\r\n%b%b*%d\r\n%b%b" % (count + 3, ack, encoded, count + 2, delete, encoded)
 
 
 def _too_large(size: int) -> ReplyHeader:

@@ -67,6 +67,23 @@ def test_joined_requests_get_their_own_rows() -> None:
     assert [(call.rows, call.compute_ns > 0) for call in run.calls] == [(6, True)]
 
 
+def test_a_model_gets_numbers_that_lie_where_the_processor_wants_them() -> None:
+    seen: list[bool] = []
+
+    def look(batch: Arrays) -> Arrays:
+        seen.append(batch["x"].flags.aligned)
+        return double(batch)
+
+    run, _ = executor(look)
+    message = b"?" + np.array([[1, 2]], np.float32).tobytes()
+    unaligned = work([[0, 0]])
+    unaligned.infer.inputs["x"] = np.frombuffer(message, np.float32, 2, 1).reshape(1, 2)
+    assert not unaligned.infer.inputs["x"].flags.aligned
+    (outcome,) = run.run([unaligned])
+    assert outcome.result["y"].tolist() == [[2, 4]]  # type: ignore[index]
+    assert seen == [True]
+
+
 def test_only_the_request_that_makes_the_model_fail_gets_the_error() -> None:
     def touchy(batch: Arrays) -> Arrays:
         if (batch["x"] < 0).any():

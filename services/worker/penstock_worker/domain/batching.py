@@ -8,6 +8,7 @@ that no shape starves another. A request without a key is never joined.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Hashable
 from typing import Generic, TypeVar
@@ -84,7 +85,7 @@ class BatchQueue(Generic[T]):
 
     def _next(self, now: float) -> Hashable | None:
         ready: Hashable | None = None
-        oldest = float("inf")
+        oldest = math.inf
         for key, bucket in self._buckets.items():
             since = bucket[0].since
             if since < oldest and (since + self._max_delay <= now or self._full(key, bucket)):

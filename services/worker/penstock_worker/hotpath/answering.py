@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from penstock.queue.v1.envelope_pb2 import ReplyHeader
 from penstock_kit.errors import Internal, PenstockError, Unavailable
 from penstock_kit.oip import Codec, Encoded
-from penstock_kit.queue.messages import Request
+from penstock_kit.queue.messages import Buffer, Request
 from penstock_kit.queue.ports import Done, Reader
 from penstock_worker.hotpath.execution import Call, Outcome, Work, expired
 from penstock_worker.hotpath.statistics import Counters
@@ -52,27 +52,49 @@ class Answering:
 
     def answer(self, outcomes: Sequence[Outcome], calls: Sequence[Call]) -> None:
         """Encode and send the replies to requests, and take them off the queue."""
-        start = time.time_ns()
-        done: list[Done] = []
-        for outcome in outcomes:
-            header = ReplyHeader()
-            payload = b""
-            if not isinstance(outcome.result, PenstockError):
-                try:
-                    payload, header.json_length = self._encode(outcome)
-                except PenstockError as error:
-                    outcome.result = error
-            if isinstance(outcome.result, PenstockError):
-                _describe(header, outcome.result)
-            done.append((outcome.request, header, payload))
-        output_ns = time.time_ns() - start
+        done, output_ns = self._replies(outcomes)
         try:
             self._reader.finish(done)
         except Unavailable as error:
-            log.warning(
-                "answers came too late: the queue was away past their deadlines",
-                extra={"requests": len(done), "error": str(error)},
-            )
+            _too_late(done, error)
+        self._record(outcomes, calls, output_ns)
+
+    def answer_and_read(
+        self, outcomes: Sequence[Outcome], calls: Sequence[Call], max_entries: int, block_ms: int
+    ) -> list[Request]:
+        """Do what `answer` does, and read the next requests in the same step. The reading thread calls it."""
+        if not outcomes:
+            return self._reader.read(max_entries, block_ms)
+        done, output_ns = self._replies(outcomes)
+        # Before the wait for what comes next: the answers count from now on.
+        self._record(outcomes, calls, output_ns)
+        try:
+            return self._reader.exchange(done, max_entries, block_ms)
+        except Unavailable as error:
+            _too_late(done, error)
+            return []
+
+    def _replies(self, outcomes: Sequence[Outcome]) -> tuple[list[Done], int]:
+        """Return the answers, encoded, and how many nanoseconds that took."""
+        start = time.time_ns()
+        done: list[Done] = []
+        for outcome in outcomes:
+            header: ReplyHeader | None = None
+            payload: Buffer = b""
+            if not isinstance(outcome.result, PenstockError):
+                try:
+                    payload, json_length = self._encode(outcome)
+                except PenstockError as error:
+                    outcome.result = error
+                else:
+                    if json_length:
+                        header = ReplyHeader(json_length=json_length)
+            if isinstance(outcome.result, PenstockError):
+                header = _describe(outcome.result)
+            done.append((outcome.request, header, payload))
+        return done, time.time_ns() - start
+
+    def _record(self, outcomes: Sequence[Outcome], calls: Sequence[Call], output_ns: int) -> None:
         end = time.time_ns()
         self._counters.record(outcomes, calls, output_ns, end)
         if self._tracer is not None:
@@ -93,11 +115,17 @@ class Answering:
             raise _unexpected(error, "encode the answer") from error
 
 
-def _describe(header: ReplyHeader, error: PenstockError) -> None:
-    header.code = int(error.code)
-    header.reason = int(error.reason)
-    header.message = error.message
-    header.metadata.update(error.metadata)
+def _describe(error: PenstockError) -> ReplyHeader:
+    return ReplyHeader(
+        code=int(error.code), reason=int(error.reason), message=error.message, metadata=error.metadata
+    )
+
+
+def _too_late(done: Sequence[Done], error: Unavailable) -> None:
+    log.warning(
+        "answers came too late: the queue was away past their deadlines",
+        extra={"requests": len(done), "error": str(error)},
+    )
 
 
 def _unexpected(error: Exception, what: str) -> Internal:

@@ -123,7 +123,7 @@ class Executor:
         decode_ns = sum([work.decode_ns for work in batch])
         rows = sum([work.infer.rows for work in batch])
         try:
-            inputs = batch[0].infer.inputs if len(batch) == 1 else self._join(batch)
+            inputs = _aligned(batch[0].infer.inputs) if len(batch) == 1 else self._join(batch)
             joined = time.time_ns()
             input_ns = decode_ns + joined - start
             outputs = self._compute(inputs, rows, input_ns)
@@ -234,6 +234,14 @@ def check_output(spec: TensorSpec, given: Mapping[str, Any], rows: int) -> Array
         f"The model gave the output {spec.name} in the shape {list(shape)}; "
         f"its signature says {list(spec.shape)}."
     )
+
+
+def _aligned(inputs: dict[str, Array]) -> dict[str, Array]:
+    """Return tensors that lie where compiled code expects numbers to lie; views of a message may not."""
+    for name, array in inputs.items():
+        if not array.flags.aligned:
+            inputs[name] = array.copy()
+    return inputs
 
 
 def expired(request: Request, started_ns: int) -> Outcome:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -79,7 +80,7 @@ class Serving:
         self._waiting: BatchQueue[Work] = BatchQueue(executor.max_rows, max_delay_seconds)
         fast = max(seconds_of_one, 20e-6)
         self._read_limit = max(executor.max_rows, min(_READ_LIMIT, int(_READ_AHEAD_SECONDS / fast)))
-        self._stopped_at = float("inf")
+        self._stopped_at = math.inf
         self._last_request = 0.0
         self._slow_calls = 0
         self._failure: BaseException | None = None
@@ -108,27 +109,32 @@ class Serving:
     # inline
 
     def _run_inline(self) -> None:
+        outcomes: list[Outcome] = []
+        calls: list[Call] = []
         while not self._ended() and self._slow_calls < _SLOW_CALLS:
             left = self._waiting.seconds_left(time.monotonic())
             block_ms = _BLOCK_MS if left is None else int(left * 1000)
-            requests = self._reader.read(self._read_limit, self._block(block_ms))
-            works, suspects, refused = self._sort(requests)
-            if refused:
-                self._answering.answer(refused, ())
+            ready, outcomes = outcomes, []
+            made, calls = calls, []
+            # The answers to the last requests and the question for the next cross to Redis together.
+            requests = self._answering.answer_and_read(ready, made, self._read_limit, self._block(block_ms))
+            works, suspects, outcomes = self._sort(requests)
             for work, key, since in works:
                 self._waiting.add(work, key, work.infer.rows, since)
-            outcomes: list[Outcome] = []
-            calls: list[Call] = []
             while batch := self._waiting.take(time.monotonic()):
                 start = time.perf_counter()
                 outcomes += self._executor.run(batch)
                 self._note(time.perf_counter() - start)
                 calls += self._executor.calls
                 self._executor.calls.clear()
-            if outcomes:
+            if suspects and outcomes:
+                # What was computed before must not be lost with a process that a suspect kills.
                 self._answering.answer(outcomes, calls)
+                outcomes, calls = [], []
             for suspect in suspects:
                 self._run_suspect(suspect)
+        if outcomes:
+            self._answering.answer(outcomes, calls)
 
     def _note(self, seconds: float) -> None:
         self._slow_calls = max(0, self._slow_calls + (1 if seconds > INLINE_SECONDS else -1))
@@ -283,7 +289,7 @@ class Serving:
             log.info("could not take the mark off a suspect", extra={"error": str(error)})
 
     def _block(self, block_ms: int) -> int:
-        return min(block_ms, 100) if self._stopped_at < float("inf") else block_ms
+        return min(block_ms, 100) if self._stopped_at < math.inf else block_ms
 
     def _ended(self) -> bool:
         now = time.monotonic()
