@@ -271,7 +271,7 @@ async def test_when_the_version_goes_everybody_waits_alone_and_nothing_is_kept(b
     bench.cache.follow(table(BOTH, "m:2:def"))
     assert bench.sender.unanswered(QUEUE) == 3
     assert not bench.cache.flights
-    await bench.reply(begun)  # the first one's request goes on under the same id
+    await bench.reply(begun)  # nobody waits for what was begun together
     assert await bench.answer() == 3
     assert [caller.answer.id for caller in callers] == ["0", "1", "2"]
     assert all(len(caller.outcomes) == 1 for caller in callers)

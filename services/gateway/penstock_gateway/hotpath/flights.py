@@ -202,11 +202,17 @@ class Flight:
             PenstockError: The queue does not take it.
         """
         self._payload_id = request_id
-        self._send(ticket.header)
+        header = ticket.header
+        shared = self._shelf.policy.coalesce
+        if shared:  # an id of its own: whoever cancels a ticket that is answered must not meet the others'
+            header = RequestHeader()
+            header.CopyFrom(ticket.header)
+            ticket.header.id = _own_id()
+        self._send(header)
         self._aboard[ticket] = _Seat(request_id, self._deadline)
         self._backlog = ticket.backlog
         ticket.flight = self
-        if self._shelf.policy.coalesce:
+        if shared:
             self._shelf.flights[self._key, self._priority] = self
 
     def join(self, ticket: Caller, request_id: bytes) -> None:
