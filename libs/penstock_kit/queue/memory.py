@@ -360,6 +360,14 @@ class MemoryReader:
         self._broker.push(request.header.gateway, pack_reply(part_header(header, request, sequence), payload))
         return self._broker.is_pending(self._queue, entry, self._consumer)
 
+    def abandoned(self, requests: Sequence[Request]) -> list[Request]:
+        """Say which of the requests that were read nobody waits for here any more."""
+        return [
+            one
+            for one in requests
+            if not self._broker.is_pending(self._queue, (one.stream, one.entry_id), self._consumer)
+        ]
+
     def mark_running(self, request: Request | None) -> None:
         """Say which suspect is computed now; None after it."""
         entry = None if request is None else (request.stream, request.entry_id)

@@ -164,6 +164,14 @@ class Reader(Protocol):
         """
         ...
 
+    def abandoned(self, requests: Sequence[Request]) -> list[Request]:
+        """Say which of the requests that were read nobody waits for here any more.
+
+        Their callers went away or stopped waiting, or they were given to another replica. They are forgotten:
+        do not ``finish`` them. Nothing while Redis is away; never raises for that.
+        """
+        ...
+
     def mark_running(self, request: Request | None) -> None:
         """Say which suspect is computed now, before computing it; None after it.
 

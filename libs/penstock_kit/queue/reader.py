@@ -160,6 +160,23 @@ class QueueReader:
         # NOGROUP: Redis lost its data, not its callers.
         return isinstance(pending, hiredis.ReplyError) or bool(pending)
 
+    def abandoned(self, requests: Sequence[Request]) -> list[Request]:
+        """Say which of the requests that were read nobody waits for here any more, and forget them."""
+        if not requests:
+            return []
+        commands: list[Command] = [
+            ("XPENDING", one.stream, keys.GROUP, one.entry_id, one.entry_id, 1, self._consumer)
+            for one in requests
+        ]
+        try:
+            pending = self._control.execute(commands)
+        except (ConnectionLost, hiredis.ReplyError):
+            return []
+        # NOGROUP: Redis lost its data, not its callers.
+        found = [one for one, entries in zip(requests, pending, strict=True) if entries == []]
+        self._held.difference_update([(one.stream, one.entry_id) for one in found])
+        return found
+
     def mark_running(self, request: Request | None) -> None:
         """Say which suspect is computed now, before computing it; None after it."""
         if request is None:

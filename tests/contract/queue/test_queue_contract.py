@@ -346,6 +346,28 @@ async def test_a_future_that_its_caller_gave_up_hurts_nobody(world):
     assert sender.unanswered() == 0
 
 
+async def test_a_replica_learns_which_of_its_requests_nobody_waits_for(world):
+    sender, reader, other = await world.sender(), world.reader(QUEUE), world.reader(QUEUE, "replica-2.1")
+    wanted = header()
+    futures = [sender.submit(QUEUE, one, b"") for one in (wanted, header(), header())]
+    requests = await read(reader, 3)
+    assert reader.abandoned([]) == reader.abandoned(requests) == []
+    sender.cancel(requests[1].header.id)
+    sender.cancel(requests[2].header.id)
+    found: list[Request] = []
+
+    def gone() -> bool:
+        found.extend(reader.abandoned([one for one in requests if one not in found]))
+        return len(found) == 2
+
+    await until(gone)
+    assert found == requests[1:]
+    await world.reclaim(QUEUE, "replica-1.1")
+    assert reader.abandoned(requests[:1]) == requests[:1]
+    await serve(other, 1)
+    assert (await answered(futures[0])).header.id == wanted.id
+
+
 async def test_a_queue_is_failed_with_the_given_error(world):
     sender, reader = await world.sender(), world.reader(QUEUE)
     futures = [sender.submit(QUEUE, header(), b"") for _ in range(3)]

@@ -3,11 +3,13 @@
 main thread    reads and decodes, and begins what it read; as many requests at a time as the model takes
 the model's    calls back with each outcome
 answering      checks, encodes and sends what has ended, as much as there is at a time
+watching       looks for requests that nobody waits for any more, and gives them up
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import queue
 import threading
@@ -15,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from penstock_kit.errors import PenstockError, Unavailable
+from penstock_kit.errors import Internal, PenstockError, Unavailable
 from penstock_kit.oip import Signature
 from penstock_kit.queue.keys import PRIORITIES, stream
 from penstock_kit.queue.messages import Request
@@ -37,8 +39,19 @@ _RETRY_SECONDS = 0.1
 # Answers that are sent together at most.
 _ANSWERS_AT_ONCE = 128
 
-Ended = tuple[Work, Batch | PenstockError, int]
-"""A request, what became of it, and when it was begun (nanoseconds of `time.time_ns`)."""
+# Requests older than this are looked after, as often: most end before.
+_WATCH_SECONDS = 0.25
+
+
+@dataclasses.dataclass(slots=True)
+class _Begun:
+    """One request that the model works on."""
+
+    work: Work
+    begun_ns: int
+    call: Call | None = None
+    result: Batch | PenstockError | None = None
+    abandoned: bool = False
 
 
 class ConcurrentServing:
@@ -73,9 +86,11 @@ class ConcurrentServing:
         self._stopped_at = float("inf")
         self._last_request = 0.0
         self._failure: BaseException | None = None
-        self._ended_calls: queue.SimpleQueue[Ended | None] = queue.SimpleQueue()
+        self._ended_calls: queue.SimpleQueue[_Begun | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
-        self._in_flight = 0
+        # In the order of their age.
+        self._in_flight: dict[int, _Begun] = {}
+        self._finished = threading.Event()
 
     def stop(self) -> None:
         """End after what is queued is answered. May be called from a signal handler."""
@@ -88,8 +103,8 @@ class ConcurrentServing:
             Exception: A fault of ours that this process cannot go on with.
         """
         self._last_request = time.monotonic()
-        answering = threading.Thread(target=self._guarded, name="answering", daemon=True)
-        answering.start()
+        answering = self._thread("answering", self._answer_all)
+        watching = self._thread("watching", self._watch)
         try:
             while not self._ended():
                 room = self._room(_BLOCK_MS / 1000)
@@ -99,8 +114,10 @@ class ConcurrentServing:
             self._wait_for_all(self._stopped_at + self._drain_seconds)
         finally:
             self.stop()
+            self._finished.set()
             self._ended_calls.put(None)
-            answering.join(timeout=self._drain_seconds + 10)
+            for thread in (answering, watching):
+                thread.join(timeout=self._drain_seconds + 10)
         if self._failure is not None:
             raise self._failure
 
@@ -109,11 +126,11 @@ class ConcurrentServing:
     def _room(self, timeout: float) -> int:
         """Wait until more may be begun; return how many requests, 0 if `timeout` seconds pass first."""
         with self._changed:
-            if self._in_flight >= self._servable.limit:
+            if len(self._in_flight) >= self._servable.limit:
                 # Busy is not idle: what waits in the queue is still to be read.
                 self._last_request = time.monotonic()
                 self._changed.wait(timeout)
-            return min(_READ_LIMIT, self._servable.limit - self._in_flight)
+            return min(_READ_LIMIT, self._servable.limit - len(self._in_flight))
 
     def _take(self, requests: Sequence[Request]) -> None:
         if not requests:
@@ -139,22 +156,26 @@ class ConcurrentServing:
             self._run_suspect(suspect)
 
     def _begin(self, works: Sequence[Work]) -> None:
-        with self._changed:
-            self._in_flight += len(works)
         now = time.time_ns()
-        self._servable.begin([self._call(work, partial(self._done, work, now)) for work in works])
+        begun = [_Begun(work, now) for work in works]
+        calls = [self._call(one) for one in begun]
+        with self._changed:
+            self._in_flight.update({id(one): one for one in begun})
+        self._servable.begin(calls)
 
-    def _call(self, work: Work, done: Callable[[Batch | PenstockError], None]) -> Call:
+    def _call(self, begun: _Begun) -> Call:
+        work = begun.work
         header = work.request.header
-        return Call(
+        begun.call = Call(
             inputs=work.infer.inputs,
             outputs=work.infer.outputs,
             deadline_unix_micros=header.deadline_unix_micros,
             priority=self._priorities.get(work.request.stream, 1),
             traceparent=header.traceparent,
             depth=header.depth,
-            done=done,
+            done=partial(self._done, begun),
         )
+        return begun.call
 
     def _run_suspect(self, request: Request) -> None:
         """Run a request that was with a replica when it died: alone, and announced."""
@@ -196,19 +217,39 @@ class ConcurrentServing:
 
     # The model's thread
 
-    def _done(self, work: Work, begun_ns: int, result: Batch | PenstockError) -> None:
-        self._ended_calls.put((work, result, begun_ns))
+    def _done(self, begun: _Begun, result: Batch | PenstockError) -> None:
+        begun.result = result
+        self._ended_calls.put(begun)
 
-    # The answering thread
+    # The other threads
 
-    def _guarded(self) -> None:
-        try:
-            self._answer_all()
-        except BaseException as error:
-            log.exception("the answering thread failed")
-            self._failure = error
+    def _thread(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                target()
+            except BaseException as error:
+                log.exception("the %s thread failed", name)
+                self._failure = error
+                with self._changed:
+                    self._changed.notify_all()
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _watch(self) -> None:
+        while not self._finished.wait(_WATCH_SECONDS):
+            old = time.time_ns() - int(_WATCH_SECONDS * 1e9)
             with self._changed:
-                self._changed.notify_all()
+                open_requests = {
+                    id(one.work.request): one for one in self._in_flight.values() if one.begun_ns <= old
+                }
+            left = self._reader.abandoned([one.work.request for one in open_requests.values()])
+            gone = [open_requests[id(request)] for request in left]
+            for one in gone:
+                one.abandoned = True
+            if gone:
+                self._servable.abandon([one.call for one in gone if one.call is not None])
 
     def _answer_all(self) -> None:
         waiting = self._ended_calls
@@ -219,26 +260,31 @@ class ConcurrentServing:
                 while len(ended) < _ANSWERS_AT_ONCE:
                     ended.append(waiting.get_nowait())
             going = ended[-1] is not None
-            outcomes = [self._outcome(*one) for one in ended if one is not None]
-            if not outcomes:
-                continue
+            over = [one for one in ended if one is not None]
+            # Their callers may ask anew, under the same id: an answer to the first time must not reach them.
+            outcomes = [self._outcome(one) for one in over if not one.abandoned]
             calls = [
                 execution.Call(outcome.infer.rows, outcome.input_ns, outcome.compute_ns)
                 for outcome in outcomes
                 if outcome.infer is not None
             ]
-            self._answering.answer(outcomes, calls)
+            if outcomes:
+                self._answering.answer(outcomes, calls)
             with self._changed:
-                self._in_flight -= len(outcomes)
+                for one in over:
+                    self._in_flight.pop(id(one), None)
                 self._changed.notify_all()
 
-    def _outcome(self, work: Work, result: Batch | PenstockError, begun_ns: int) -> Outcome:
-        compute_ns = time.time_ns() - begun_ns
-        if not isinstance(result, PenstockError):
-            try:
+    def _outcome(self, begun: _Begun) -> Outcome:
+        compute_ns = time.time_ns() - begun.begun_ns
+        work, result = begun.work, begun.result
+        try:
+            if result is None:
+                raise Internal("The model ended a request without an outcome.")
+            if not isinstance(result, PenstockError):
                 result = self._checked(work, result)
-            except PenstockError as error:
-                result = error
+        except PenstockError as error:
+            result = error
         return Outcome(work.request, work.infer, result, work.started_ns, work.decode_ns, compute_ns)
 
     def _checked(self, work: Work, given: Mapping[str, object]) -> Batch:
