@@ -30,11 +30,14 @@ def deploy_python_echo(
     *,
     replicas: int = 1,
     seconds: float = 0.0,
+    first_seconds: float = 0.0,
     max_batch_size: int = 64,
     max_queue_depth: int | None = None,
 ) -> None:
     """Deploy the echo in Python; see `build_python_echo`."""
-    build_python_echo(folder / name, seconds=seconds, max_batch_size=max_batch_size)
+    build_python_echo(
+        folder / name, seconds=seconds, first_seconds=first_seconds, max_batch_size=max_batch_size
+    )
     with penstock.Client(mesh.address) as client:
         client.push(folder / name, model=name)
         client.deploy(name, replicas=replicas, max_queue_depth=max_queue_depth)

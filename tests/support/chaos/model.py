@@ -86,29 +86,59 @@ def save_echo(path: Path, version: int) -> Path:
 
 _PYTHON = """
 import os
-import random
 import time
 
 import numpy as np
 
 
 class Model:
+    def load(self, directory):
+        self.seconds = {seconds}
+        if {first_seconds}:
+            try:
+                open({token!r}, "x").close()
+            except FileExistsError:
+                return
+            self.seconds = {first_seconds}
+
     def predict(self, inputs):
         rows = inputs["input"]
         if (rows[:, 0] == {poison}).any():
             os.abort()
-        time.sleep({seconds})
+        time.sleep(self.seconds)
         return {{"output": rows, "version": np.full((len(rows), 1), {version}, np.float32)}}
 """
 
 
 def build_python_echo(
-    directory: Path, *, version: int = 1, seconds: float = 0.0, width: int = 16, max_batch_size: int = 64
+    directory: Path,
+    *,
+    version: int = 1,
+    seconds: float = 0.0,
+    first_seconds: float = 0.0,
+    width: int = 16,
+    max_batch_size: int = 64,
 ) -> Manifest:
-    """The same in Python: it takes `seconds` for a batch, and dies of a row that begins with `POISON`."""
+    """The same in Python. It dies of a row that begins with `POISON`.
+
+    Args:
+        directory: Where.
+        version: Its number.
+        seconds: What a batch takes.
+        first_seconds: What a batch takes in the first replica that ever loads it, if that differs.
+        width: Numbers in a row.
+        max_batch_size: Rows in a batch.
+    """
+    code = _PYTHON.format(
+        poison=POISON,
+        seconds=seconds,
+        first_seconds=first_seconds,
+        token=str(directory.with_suffix(".loaded").absolute()),
+        version=version,
+    )
     return build_python(
         directory,
-        _PYTHON.format(poison=POISON, seconds=seconds, version=version),
+        code,
         inputs=(("input", "FP32", (-1, width)),),
         outputs=(("output", "FP32", (-1, width)), ("version", "FP32", (-1, 1))),
         max_batch_size=max_batch_size,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ class Verdict:
         duplicated: Calls that were answered more than once, or answered and refused.
         wrong: Calls answered with other rows, or by another version than may be.
         unexplained: Errors that nothing explains, by kind, code, reason and words.
+        seconds: How long calls took, by kind and code.
         examples: A few of the calls at fault.
         ends: When the right answers came, sorted.
     """
@@ -51,8 +53,11 @@ class Verdict:
     duplicated: int = 0
     wrong: int = 0
     unexplained: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
+    seconds: defaultdict[tuple[str, str], array[float]] = field(
+        default_factory=lambda: defaultdict(lambda: array("d"))
+    )
     examples: list[Call] = field(default_factory=list)
-    ends: list[float] = field(default_factory=list)
+    ends: array[float] = field(default_factory=lambda: array("d"))
 
     @property
     def good(self) -> bool:
@@ -117,7 +122,7 @@ def judge(
             verdict.examples.append(call)
         seen.add(call.id)
         _judge(call, verdict, may_answer.get(call.deployment, frozenset({"1"})), may_be_told, strikes)
-    verdict.ends.sort()
+    verdict.ends = array("d", sorted(verdict.ends))
     return verdict
 
 
@@ -128,6 +133,8 @@ def _judge(
     may_be_told: Mapping[str, frozenset[str]],
     strikes: list[Strike],
 ) -> None:
+    if call.ended:
+        verdict.seconds[call.kind, call.code].append(call.ended - call.began)
     if not call.ended:
         verdict.lost += 1
     elif call.answers > 1 or (call.answers and call.code != OK):
