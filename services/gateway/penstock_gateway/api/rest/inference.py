@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 
@@ -23,7 +24,8 @@ from penstock_gateway.api.rest.http import (
 )
 from penstock_gateway.hotpath.bounds import bounds
 from penstock_gateway.hotpath.dispatch import Dispatcher
-from penstock_kit.errors import InvalidArgument, Reason
+from penstock_gateway.hotpath.grpc_framing import watch
+from penstock_kit.errors import Cancelled, InvalidArgument, Reason
 from penstock_kit.queue.messages import Reply
 
 HEADER_LENGTH = b"inference-header-content-length"
@@ -101,7 +103,7 @@ class Inference:
         deadline: float | None = None,
         priority: int | None = None,
     ) -> Response:
-        reply = await self._dispatcher.submit(
+        future = self._dispatcher.submit(
             model,
             version,
             payload,
@@ -111,7 +113,17 @@ class Inference:
             traceparent=request.traceparent,
             priority=request.priority if priority is None else priority,
         )
-        return answer(reply)
+        # Its end, too, is told by `receive`: cancelled then, the future takes the request off its queue.
+        watching = asyncio.ensure_future(watch(request.receive))
+        watching.add_done_callback(lambda _: future.cancel())
+        try:
+            return answer(await future)
+        except asyncio.CancelledError:
+            if watching.done():
+                raise Cancelled("The caller went away.") from None
+            raise
+        finally:
+            watching.cancel()
 
 
 def answer(reply: Reply) -> Response:
