@@ -75,6 +75,8 @@ def _type(spec: tensor_pb2.TensorSpec) -> TensorType:
 
 
 def _fill(spec: tensor_pb2.TensorSpec, kind: TensorType, unknown: Iterable[Step]) -> None:
+    if spec.data_type:
+        return  # described; that it fits has been seen
     if not kind.datatype or kind.shape is None:
         waiting = ", ".join(step.model for step in unknown)
         why = f"; {waiting} would tell once deployed" if waiting else ""
@@ -84,11 +86,10 @@ def _fill(spec: tensor_pb2.TensorSpec, kind: TensorType, unknown: Iterable[Step]
             reason=Reason.INVALID_REQUEST,
             metadata={"tensor": spec.name},
         )
-    if not spec.data_type:
-        spec.data_type = data_type(kind.datatype)
-        spec.shape[:] = kind.shape
-        if not spec.labels:
-            spec.labels.extend(kind.labels)
+    spec.data_type = data_type(kind.datatype)
+    spec.shape[:] = kind.shape
+    if not spec.labels:
+        spec.labels.extend(kind.labels)
 
 
 def _check_batch(manifest: manifest_pb2.Manifest) -> None:
