@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from penstock.ensembles import stages
 from penstock.names import parse_version, short
+from penstock.packaging.ensemble_signature import steps_of
 from penstock.packaging.specs import format_spec
-from penstock.registry.v1 import model_pb2, version_pb2
+from penstock.registry.v1 import manifest_pb2, model_pb2, version_pb2
 from penstock.scheduler.v1 import deployment_pb2, node_pb2, replica_pb2
 from penstock.traffic import share_text, state_name, target_text
 from penstock_cli.output import ago, pairs, print_facts, print_table, say, size, state
@@ -70,12 +72,36 @@ def show_version(version: version_pb2.Version) -> None:
             ("pushed", " by ".join(filter(None, (ago(version.create_time), version.created_by)))),
         )
     )
+    if manifest.ensemble.steps:
+        say("")
+        print_graph(manifest)
     say("")
     print_table(
         ("FILE", "SIZE#", "SHA-256"),
         ((file.path, size(file.size_bytes), file.sha256[:16]) for file in version.files),
         empty="It has no files.",
     )
+
+
+def print_graph(manifest: manifest_pb2.Manifest) -> None:
+    """Print the graph of an ensemble: what runs after what, and which tensors go where."""
+    rows: list[tuple[object, ...]] = []
+    for number, stage in enumerate(stages(steps_of(manifest)), start=1):
+        for place, step in enumerate(stage):
+            rows.append(
+                (
+                    "" if place else number,
+                    step.name,
+                    step.model,
+                    ", ".join(_edge(tensor, name) for name, tensor in sorted(step.inputs.items())),
+                    ", ".join(_edge(name, tensor) for name, tensor in sorted(step.outputs.items())),
+                )
+            )
+    print_table(("STAGE#", "STEP", "CALLS", "TAKES", "GIVES"), rows, empty="")
+
+
+def _edge(source: str, target: str) -> str:
+    return source if source == target else f"{source} → {target}"
 
 
 def show_deployment(deployment: deployment_pb2.Deployment, replicas: Sequence[replica_pb2.Replica]) -> None:
