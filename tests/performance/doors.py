@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import time
 import urllib.request
 from collections.abc import Callable
@@ -102,6 +103,12 @@ def raw_door(address: str, workload: Workload, path: str = "/") -> Door:
     """Raw fp32 both ways."""
     headers = {"Content-Type": "application/octet-stream"}
     return Door("wrk", address, path, workload.row().tobytes(), headers)
+
+
+def h2load_door(address: str, workload: Workload) -> Door:
+    """OIP over gRPC for h2load: the message behind its five bytes of gRPC framing."""
+    message = grpc_message(workload).SerializeToString()
+    return Door("h2load", address, INFER, struct.pack(">BI", 0, len(message)) + message)
 
 
 def wait_answer(

@@ -141,7 +141,7 @@ def _h2load(door: Door, concurrency: int, seconds: float, scratch: Path) -> Load
     body.write_bytes(door.body)
     log.unlink(missing_ok=True)
     command = [
-        *(str(program), f"http://{door.address}/inference.GRPCInferenceService/ModelInfer"),
+        *(str(program), door.url),
         *("-c", str(concurrency), "-m", "1", "-t", "1", "-D", f"{max(1, round(seconds))}"),
         *("-d", str(body), "-H", "content-type: application/grpc", "-H", "te: trailers"),
         f"--log-file={log}",

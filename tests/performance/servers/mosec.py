@@ -11,7 +11,7 @@ from performance.workloads import Workload
 
 
 class Mosec(Peer):
-    """One worker process."""
+    """One worker process; two for W1, where they answer more than one that joins at few callers."""
 
     name = "mosec"
     title = "Mosec 0.9.8"

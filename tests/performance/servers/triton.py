@@ -18,9 +18,9 @@ output [{{ name: "y" data_type: TYPE_FP32 dims: [{outputs}] }}]
 dynamic_batching {{ max_queue_delay_microseconds: {wait} {policy}}}
 instance_group [{{ kind: KIND_CPU count: 1 }}]
 """
-# Its own protection against overload: refuse what waited as long as the caller would.
+# Its own protection against overload: refuse what waited so long that the caller's 250 ms would pass.
 _POLICY = (
-    "default_queue_policy { timeout_action: REJECT default_timeout_microseconds: 250000 max_queue_size: %d } "
+    "default_queue_policy { timeout_action: REJECT default_timeout_microseconds: 200000 max_queue_size: %d } "
 )
 
 
@@ -82,8 +82,9 @@ class Triton(Peer):
 
 
 class TritonGuarded(Triton):
-    """Triton with a queue policy that refuses what waited 250 ms, for the overload experiment."""
+    """Triton with a queue policy that refuses what waited 200 ms, for the overload experiment."""
 
     name = "triton-guarded"
-    title = "Triton 2.51, queue policy 250 ms"
+    title = "Triton 2.51, queue policy"
+    workloads = ("sleep",)
     policy = _POLICY % 0
