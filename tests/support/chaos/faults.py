@@ -93,10 +93,14 @@ class KillUnit(Fault):
             self.explains = frozenset({"UNAVAILABLE"})
 
     def inject(self) -> None:
-        self._mesh.wait(lambda: self._mesh.unit(self._unit).pid, f"{self._unit} runs", _HEAL_SECONDS)
-        self._pid = self._mesh.pid(self._unit)
+        self._mesh.wait(self._find, f"{self._unit} runs", _HEAL_SECONDS)
+        assert self._pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, self._number)
+
+    def _find(self) -> bool:
+        self._pid = self._mesh.unit(self._unit).pid
+        return self._pid is not None
 
     def heal(self) -> None:
         if self._pid is not None:
@@ -145,8 +149,10 @@ class Pause(Fault):
 
     def inject(self) -> None:
         for pid in self._find():
-            children = psutil.Process(pid).children(recursive=True) if self._whole_trees else []
-            self._pids += [pid, *(child.pid for child in children)]
+            self._pids.append(pid)
+            if self._whole_trees:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._pids += [child.pid for child in psutil.Process(pid).children(recursive=True)]
         for pid in self._pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
@@ -164,7 +170,12 @@ def pause_unit(mesh: Mesh, unit: str) -> Pause:
     A gateway and PostgreSQL stop with their children: they are one service. A worker agent does not: its
     replicas go on without it.
     """
-    return Pause(unit, lambda: [mesh.pid(unit)], whole_trees=unit.startswith(("gateway", "postgres")))
+
+    def find() -> list[int]:
+        mesh.wait(lambda: mesh.unit(unit).pid, f"{unit} runs", _HEAL_SECONDS)
+        return [pid for pid in [mesh.unit(unit).pid] if pid]
+
+    return Pause(unit, find, whole_trees=unit.startswith(("gateway", "postgres")))
 
 
 def pause_replica(mesh: Mesh, deployment: str) -> Pause:
@@ -235,6 +246,25 @@ class SilenceWire(Fault):
 
     def heal(self) -> None:
         self._wire.speak()
+
+
+class Redeploy(Fault):
+    """A deployment gets another version while it serves."""
+
+    def __init__(self, mesh: Mesh, deployment: str, version: int) -> None:
+        super().__init__(f"{deployment} gets version {version}")
+        self._mesh = mesh
+        self._deployment = deployment
+        self._version = version
+
+    def inject(self) -> None:
+        with penstock.Client(
+            self._mesh.address, retry_seconds=_HEAL_SECONDS, timeout=_HEAL_SECONDS
+        ) as client:
+            client.deploy(self._deployment, f"{self._deployment}:{self._version}")
+
+    def heal(self) -> None:
+        """It goes on by itself, and another fault may come meanwhile."""
 
 
 class Again(Fault):
