@@ -10,13 +10,16 @@ from pathlib import Path
 from google.protobuf import text_format
 
 from penstock.common.v1 import tensor_pb2
+from penstock.ensembles import Step
 from penstock.errors import InvalidArgument, Reason
 from penstock.oip.v2 import inference_pb2 as oip
 from penstock.packaging import onnx_model, torch_export, torchscript
 from penstock.packaging.bundle import local_files
 from penstock.packaging.draft import Draft, unreadable
+from penstock.packaging.ensemble_file import RUNTIME, draft_of, ensemble_message
 from penstock.packaging.files import files_below
 from penstock.packaging.specs import spec
+from penstock.registry.v1 import manifest_pb2
 
 CONFIG = "config.pbtxt"
 # Backend (and the older "platform") → the file that Triton looks for.
@@ -45,6 +48,8 @@ def inspect(path: Path, given: tensor_pb2.Signature) -> Draft:
         InvalidArgument: The configuration cannot be read, or names a backend that is not served.
     """
     config = _config(path)
+    if config.platform == "ensemble" or config.ensemble_scheduling.step:
+        return _ensemble(path, config, given)
     versions = _versions(path)
     if not versions:
         raise InvalidArgument(f"{path} has no version directory; put the model file into {path / '1'}.")
@@ -81,6 +86,35 @@ def inspect(path: Path, given: tensor_pb2.Signature) -> Draft:
     draft.files = local_files(version, files_below(version))
     if len(versions) > 1:
         draft.notes.append(f"Only Triton's version {version.name}, the newest, was taken.")
+    return draft
+
+
+def _ensemble(path: Path, config: oip.ModelConfig, given: tensor_pb2.Signature) -> Draft:
+    """Describe an ensemble: its steps are Triton's, and call deployments of the same names."""
+    steps: list[Step] = []
+    for step in config.ensemble_scheduling.step:
+        name = step.model_name
+        count = sum(other.deployment == name for other in steps)
+        selected = f"{name}:{step.model_version}" if step.model_version > 0 else name
+        steps.append(
+            Step(
+                f"{name}-{count + 1}" if count else name,
+                selected,
+                dict(step.input_map),
+                dict(step.output_map),
+            )
+        )
+    manifest = manifest_pb2.Manifest(runtime=RUNTIME, format=RUNTIME, entrypoint=CONFIG)
+    manifest.signature.CopyFrom(given)
+    batches = config.max_batch_size > 0
+    if not given.inputs:
+        manifest.signature.inputs.extend(_spec(tensor, batches=batches) for tensor in config.input)
+    if not given.outputs:
+        manifest.signature.outputs.extend(_spec(tensor, batches=batches) for tensor in config.output)
+    manifest.batching.max_batch_size = config.max_batch_size
+    manifest.ensemble.CopyFrom(ensemble_message(tuple(steps)))
+    draft = draft_of(manifest, tuple(steps), path / CONFIG)
+    draft.name = config.name or path.name
     return draft
 
 

@@ -123,3 +123,33 @@ def test_what_nobody_knows_must_be_described(tmp_path: Path) -> None:
 def test_a_wrong_description_is_refused_with_what_was_meant(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(InvalidArgument, match=words):
         opened(tmp_path, text)
+
+
+def test_an_ensemble_of_triton_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.pbtxt").write_text(
+        'name: "pipeline" platform: "ensemble" max_batch_size: 8\n'
+        'input [ { name: "IMAGE" data_type: TYPE_FP32 dims: [ 4 ] } ]\n'
+        'output [ { name: "LABEL" data_type: TYPE_INT64 dims: [ ] reshape: { shape: [ ] } } ]\n'
+        "ensemble_scheduling { step [\n"
+        '  { model_name: "prepare" model_version: -1 input_map { key: "x" value: "IMAGE" }\n'
+        '    output_map { key: "y" value: "middle" } },\n'
+        '  { model_name: "prepare" model_version: 3 input_map { key: "x" value: "middle" }\n'
+        '    output_map { key: "y" value: "again" } },\n'
+        '  { model_name: "read" model_version: -1 input_map [ { key: "x" value: "again" } ]\n'
+        '    output_map { key: "y" value: "LABEL" } }\n'
+        "] }\n"
+    )
+    with open_bundle(tmp_path) as bundle:
+        manifest = bundle.manifest
+    steps = [(one.name, one.model, dict(one.inputs), dict(one.outputs)) for one in manifest.ensemble.steps]
+    assert steps == [
+        ("prepare", "prepare", {"x": "IMAGE"}, {"y": "middle"}),
+        ("prepare-2", "prepare:3", {"x": "middle"}, {"y": "again"}),
+        ("read", "read", {"x": "again"}, {"y": "LABEL"}),
+    ]
+    assert signature(bundle) == [["IMAGE:FP32:-1,4"], ["LABEL:INT64:-1"]]
+    assert (bundle.name, manifest.entrypoint, manifest.batching.max_batch_size) == (
+        "pipeline",
+        "config.pbtxt",
+        8,
+    )
