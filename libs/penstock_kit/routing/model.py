@@ -22,8 +22,8 @@ class Description:
     """The part of a version's manifest, and of its deployment, that callers see.
 
     Attributes:
-        runtime: torch, onnx, sklearn or python.
-        format: pt2, torchscript, onnx, skops or python.
+        runtime: torch, onnx, sklearn, python or ensemble.
+        format: pt2, torchscript, onnx, skops, python or ensemble.
         inputs: In the order of the model.
         outputs: In the order of the model.
         max_batch_size: Rows in one call at most; 0 where the model does not batch.
@@ -45,5 +45,5 @@ class Description:
 
     @property
     def platform(self) -> str:
-        """The name that OIP clients show, such as "torch_pt2"."""
-        return "_".join(part for part in (self.runtime, self.format) if part)
+        """The name that OIP clients show, such as "torch_pt2"; "onnx" where both parts say the same."""
+        return "_".join(dict.fromkeys(part for part in (self.runtime, self.format) if part))

@@ -71,6 +71,7 @@ class Route:
         may_wait: Whether it has answered before and its replicas come back by themselves, so that a
             request may wait for them within its deadline.
         cache: How equal requests are answered; None where each is computed.
+        failed: Whether nothing answers although it was tried again and again: who waits is told.
     """
 
     deployment: str
@@ -79,6 +80,7 @@ class Route:
     message: str = ""
     may_wait: bool = False
     cache: CachePolicy | None = None
+    failed: bool = False
 
     @property
     def ready(self) -> bool:

@@ -103,6 +103,7 @@ class RouteWatcher:
             message=route.message,
             may_wait=may_wait,
             cache=to_policy(route.cache),
+            failed=route.state == deployment_pb2.DEPLOYMENT_STATE_FAILED,
         )
 
 

@@ -145,6 +145,23 @@ async def test_requests_of_a_deployment_without_targets_are_told_why(sender: Mem
     assert "it is being deleted" in waiting.error.message
 
 
+async def test_requests_that_wait_when_a_deployment_fails_are_told_at_once(sender: MemorySender) -> None:
+    def state(ready: int, *, failed: bool) -> Table:
+        target = Target("models/m", 1, 100, "m:1:abc", ready, Description())
+        return Table(1, {"m": Route("m", (target,), 2, "no replica answers", not failed, failed=failed)})
+
+    dispatcher = Dispatcher(sender)
+    dispatcher.update(state(1, failed=False))
+    waiting = submit(dispatcher)
+    dispatcher.update(state(0, failed=False))
+    assert not waiting.outcomes, "its replicas may come back"
+    dispatcher.update(state(0, failed=True))
+    assert isinstance(waiting.error, Unavailable)
+    assert waiting.error.reason is Reason.NOT_READY
+    assert "no replica answers" in waiting.error.message
+    assert (dispatcher.in_flight, sender.unanswered()) == (0, 0)
+
+
 async def test_who_asked_for_a_version_is_never_answered_by_another(sender: MemorySender) -> None:
     def target(version: int, *aliases: str) -> Target:
         queue = f"m:{version}:abc"

@@ -193,6 +193,11 @@ class Dispatcher:
         for queue in gone:
             self._resettle(queue, owners[queue])
             del self.waitlists[queue]
+        for route in table.routes.values():
+            if route.failed:  # as those are told who come now
+                for target in route.targets:
+                    if not target.ready and self._sender.unanswered(target.queue):
+                        self._sender.fail(target.queue, not_ready(route))
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 
