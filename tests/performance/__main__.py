@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from performance import machine, matrix, report
+from performance import machine, matrix, overload, plots, report, scaling
 from performance.environments import STORE
 from performance.results import Results
 from performance.servers import SERVERS
 from performance.workloads import WORKLOADS
 
+EXPERIMENTS = (overload.NAME, scaling.NAME)
 QUICK_SERVERS = ("ours", "triton", "mosec", "floor-grpc")
 
 
@@ -21,8 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what the command line asks for; return the exit status."""
     options = _parse(arguments)
     if options.table:
-        results = Results.read(options.table)
-        print(report.text(results))
+        finish(Results.read(options.table), options.table.parent)
         return 0
     folder = options.out or STORE / "results" / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,12 +43,20 @@ def main(arguments: list[str] | None = None) -> int:
         titles={server.name: server.title for server in servers},
     )
     began = time.monotonic()
+
+    def keep() -> None:
+        results.save(folder / "results.json")
+
     try:
-        matrix.run(plan, servers, results, lambda: results.save(folder / "results.json"), _say)
+        matrix.run(plan, servers, results, keep, _say)
+        if overload.NAME in options.experiments:
+            overload.measure(servers, results, max(3.0, options.seconds / 2), options.seed, keep, _say)
+        if scaling.NAME in options.experiments:
+            scaling.measure(results, options.seconds, options.rounds, _say)
     except KeyboardInterrupt:
         print("cut short; this is what there is", file=sys.stderr)
     finish(results, folder)
-    print(f"{time.monotonic() - began:.0f} s; {folder}")
+    print(f"{time.monotonic() - began:.0f} s")
     return 0
 
 
@@ -56,7 +65,9 @@ def finish(results: Results, folder: Path) -> None:
     results.save(folder / "results.json")
     (folder / "results.txt").write_text(report.text(results))
     (folder / "results.md").write_text(report.markdown(results))
+    drawn = plots.draw(results, folder / "results.png")
     print("\n" + report.text(results))
+    print(f"{folder}: results.json, .txt, .md" + (" and .png" if drawn else ""))
 
 
 def _say(line: str) -> None:
@@ -77,8 +88,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     quick("--seconds", type=float, help="of each point")
     quick("--warm-up", type=float, help="seconds of load before each point")
     quick("--rounds", type=int, help="starts of each server")
+    quick("--experiments", type=_names(EXPERIMENTS), help="of overload, scaling; or none")
+    quick("--seed", type=int, default=1, help="of the random moments of the overload")
     quick("--out", type=Path, help="folder for the results")
-    quick("--table", type=Path, metavar="RESULTS.JSON", help="only print the table of an earlier run")
+    quick(
+        "--table",
+        type=Path,
+        metavar="RESULTS.JSON",
+        help="only write the tables and the plot of an earlier run anew",
+    )
     options = parser.parse_args(arguments)
     fast = options.quick
     defaults = {
@@ -86,10 +104,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "workloads": ["w1", "w2"],
         "doors": ["grpc", "wrk"] if fast else ["grpc", "http", "wrk", "h2load"],
         "concurrency": [16, 64] if fast else [1, 16, 64, 256],
-        "rates": [] if fast else [500.0, 2000.0],
+        "rates": [] if fast else [300.0, 3000.0],
         "seconds": 3.0 if fast else 10.0,
         "warm_up": 1.0 if fast else 3.0,
         "rounds": 1 if fast else 2,
+        "experiments": [] if fast else list(EXPERIMENTS),
     }
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -97,8 +116,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _names(known):  # type: ignore[no-untyped-def]
+def _names(known: Iterable[str]) -> Callable[[str], list[str]]:
     def parse(value: str) -> list[str]:
+        if value == "none":
+            return []
         names = list(known) if value == "all" else value.split(",")
         for name in names:
             if name not in known:
@@ -108,7 +129,7 @@ def _names(known):  # type: ignore[no-untyped-def]
     return parse
 
 
-def _numbers(kind):  # type: ignore[no-untyped-def]
+def _numbers(kind: type[float]) -> Callable[[str], list[float]]:
     def parse(value: str) -> list[float]:
         return [kind(number) for number in value.split(",") if number and value != "none"]
 

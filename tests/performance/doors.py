@@ -83,8 +83,8 @@ def grpc_message(workload: Workload) -> oip.ModelInferRequest:
 def binary_http_door(address: str, workload: Workload) -> Door:
     """OIP over HTTP with raw tensors both ways, for wrk."""
     row = workload.row().tobytes()
-    tensor = {"name": "x", "datatype": "FP32", "shape": [1, workload.width]}
-    tensor["parameters"] = {"binary_data_size": len(row)}
+    parameters = {"binary_data_size": len(row)}
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1, workload.width], "parameters": parameters}
     outputs = [{"name": "y", "parameters": {"binary_data": True}}]
     head = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
 

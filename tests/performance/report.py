@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from performance import overload, scaling
 from performance.results import CLOSED, OPEN, Record, Results
 from performance.workloads import WORKLOADS
 
@@ -18,6 +19,7 @@ _NEAREST = {
     "wrk": ("wrk", "http", "grpc"),
 }
 _TIE = 0.10
+_CORES_FOR_GATEWAYS = 8
 
 Row = list[str]
 
@@ -52,6 +54,11 @@ def tables(results: Results) -> list[tuple[str, list[Row]]]:
                 ratios = _ratios(results, series, mode)
                 if len(ratios) > 1:
                     found.append((f"{title}: × Triton, throughput (p99)", ratios))
+    if results.experiments.get(overload.NAME):
+        title = "Overload (20 ms model, 250 ms deadline): answers in time ÷ capacity at each offered load"
+        found.append((title, _overload(results)))
+    if results.experiments.get(scaling.NAME):
+        found.append(("Two of ours beside one", _scaling(results)))
     if results.starts:
         found.append(("Start and idle memory", _starts(results)))
     return found
@@ -146,9 +153,45 @@ def _starts(results: Results) -> list[Row]:
     return rows
 
 
+def _overload(results: Results) -> list[Row]:
+    rows = [
+        [
+            *("server", "capacity/s", *(f"{factor:g}×" for factor in overload.FACTORS)),
+            *("refused at 2×", "in ms (p50)", "back after s", "remark"),
+        ]
+    ]
+    for server, curve in results.experiments[overload.NAME].items():
+        by_factor = {step["factor"]: step for step in curve["steps"]}
+        cells = [
+            f"{by_factor[factor]['during']['goodput'] / curve['capacity']:.2f}" if factor in by_factor else ""
+            for factor in overload.FACTORS
+        ]
+        last = curve["steps"][-1]
+        during = last["during"]
+        refused = f"{during['refused'] / during['offered']:.0%}"
+        name = results.titles.get(server, server)
+        quick = f"{during['refusal_p50']:.1f}" if during["refused"] else "–"
+        back = f"{last['back_after']:.2f}" if math.isfinite(last["back_after"]) else "not in 5"
+        rows.append([name, f"{curve['capacity']:.0f}", *cells, refused, quick, back, curve["note"]])
+    return rows
+
+
+def _scaling(results: Results) -> list[Row]:
+    rows = [["of", "one", "two", "ratio"]]
+    for name, found in results.experiments[scaling.NAME].items():
+        rows.append([name, f"{found['one']:.0f}/s", f"{found['two']:.0f}/s", f"{found['ratio']:.2f}×"])
+    return rows
+
+
 def verdicts(results: Results) -> list[tuple[str, float, float, bool]]:
     """What is required of us, as (sentence, measured, wanted, held); a tie (10 %) with a peer holds."""
-    return [*_against_triton(results), *_against_ideal(results)]
+    return [
+        *_against_triton(results),
+        *_against_mosec(results),
+        *_against_ideal(results),
+        *_under_overload(results),
+        *_by_numbers(results),
+    ]
 
 
 def _against_triton(results: Results) -> list[tuple[str, float, float, bool]]:
@@ -170,6 +213,44 @@ def _against_triton(results: Results) -> list[tuple[str, float, float, bool]]:
                 found.append(_at_most(f"{what}: p99 ÷ Triton's", a.p99 / b.p99, 1.0))
             if key == "w1" and 64 in mine and not mine[64].failure:
                 found.append(_at_most(f"W1 {door} c=64: CPU-s per 1,000", mine[64].cpu_per_1k, 0.20))
+    return found
+
+
+def _against_mosec(results: Results) -> list[tuple[str, float, float, bool]]:
+    found = []
+    series = results.series("w2", CLOSED)
+    mine, theirs = series.get((OURS, "grpc"), {}), series.get(("mosec", "wrk"), {})
+    for level in sorted(mine.keys() & theirs.keys() - {1.0}):
+        a, b = mine[level], theirs[level]
+        if not a.failure and not b.failure:
+            what = f"W2 grpc c={level:g}"
+            found.append(_at_least(f"{what}: throughput ÷ Mosec's", a.rate / b.rate, 1.0))
+            found.append(_at_most(f"{what}: p99 ÷ Mosec's", a.p99 / b.p99, 1.0))
+    return found
+
+
+def _under_overload(results: Results) -> list[tuple[str, float, float, bool]]:
+    curve = results.experiments.get(overload.NAME, {}).get(OURS)
+    steps = [step for step in curve["steps"] if step["factor"] == max(overload.FACTORS)] if curve else []
+    found = []
+    for step in steps:
+        share = step["during"]["goodput"] / curve["capacity"]
+        found.append(("Overload 2×: goodput ÷ capacity", share, 0.90, share >= 0.90))
+        refusal = step["during"]["refusal_p50"]
+        found.append(("Overload 2×: median refusal, ms", refusal, 20.0, refusal < 20.0))
+        back = step["back_after"]
+        found.append(("Overload 2×: back to normal, s after its end", back, 2.0, back <= 2.0))
+    return found
+
+
+def _by_numbers(results: Results) -> list[tuple[str, float, float, bool]]:
+    found = []
+    for name, measured in results.experiments.get(scaling.NAME, {}).items():
+        wanted = {"replicas": 1.8, "gateways": 1.6}[name]
+        # A second gateway needs processors of its own, beside the load generator's.
+        if name == "replicas" or results.machine["cores"] >= _CORES_FOR_GATEWAYS:
+            ratio = measured["ratio"]
+            found.append((f"Two {name} ÷ one", ratio, wanted, ratio >= wanted))
     return found
 
 

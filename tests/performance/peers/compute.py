@@ -5,6 +5,8 @@
 
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,7 @@ WAIT_SECONDS = float(os.environ.get("BENCH_WAIT_SECONDS", "0"))
 SLEEP_SECONDS = 0.020
 
 
-def mlp():
+def mlp() -> Any:
     """1024 → 4096 → 4096 → 1000 with ReLU; the weights are those of seed 0."""
     import torch
 
@@ -28,13 +30,13 @@ def mlp():
     ).eval()
 
 
-def load(workload=WORKLOAD):
+def load(workload: str = WORKLOAD) -> Callable[[Any], Any]:
     """Return a function from fp32 [rows, width] to fp32 [rows, outputs]."""
     if workload == "w1":
         return lambda rows: rows
     if workload == "sleep":
 
-        def sleep(rows):
+        def sleep(rows: Any) -> Any:
             time.sleep(SLEEP_SECONDS)
             return rows
 
@@ -44,7 +46,7 @@ def load(workload=WORKLOAD):
     torch.set_num_threads(1)
     model = mlp()
 
-    def compute(rows):
+    def compute(rows: Any) -> Any:
         with torch.inference_mode():
             return model(torch.from_numpy(np.ascontiguousarray(rows))).numpy()
 
