@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)penstock/gateway/v1/gateway_service.proto\x12\x13penstock.gateway.v1\x1a\x1egoogle/protobuf/duration.proto\"\xf6\x01\n\x07Gateway\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\t\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x0c\x64\x65pendencies\x18\x05 \x03(\x0b\x32\x1f.penstock.gateway.v1.Dependency\x12\x18\n\x10route_generation\x18\x06 \x01(\x03\x12\x17\n\x0f\x63\x61lls_in_flight\x18\x07 \x01(\x03\x12\x31\n\x06routes\x18\x08 \x03(\x0b\x32!.penstock.gateway.v1.RouteSummaryJ\x04\x08\x03\x10\x04\":\n\nDependency\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0f\n\x07message\x18\x03 \x01(\t\"J\n\x0cRouteSummary\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x17\n\x0f\x63\x61lls_in_flight\x18\x03 \x01(\x05\"\x13\n\x11GetGatewayRequest2d\n\x0eGatewayService\x12R\n\nGetGateway\x12&.penstock.gateway.v1.GetGatewayRequest\x1a\x1c.penstock.gateway.v1.Gatewayb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)penstock/gateway/v1/gateway_service.proto\x12\x13penstock.gateway.v1\x1a\x1egoogle/protobuf/duration.proto\"\xf6\x01\n\x07Gateway\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\t\x12)\n\x06uptime\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x0c\x64\x65pendencies\x18\x05 \x03(\x0b\x32\x1f.penstock.gateway.v1.Dependency\x12\x18\n\x10route_generation\x18\x06 \x01(\x03\x12\x17\n\x0f\x63\x61lls_in_flight\x18\x07 \x01(\x03\x12\x31\n\x06routes\x18\x08 \x03(\x0b\x32!.penstock.gateway.v1.RouteSummaryJ\x04\x08\x03\x10\x04\":\n\nDependency\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x94\x01\n\x0cRouteSummary\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x17\n\x0f\x63\x61lls_in_flight\x18\x03 \x01(\x05\x12\x15\n\rcalls_refused\x18\x04 \x01(\x03\x12\x31\n\x06queues\x18\x05 \x03(\x0b\x32!.penstock.gateway.v1.QueueSummary\"\x8e\x01\n\x0cQueueSummary\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x10\n\x08priority\x18\x02 \x01(\t\x12\r\n\x05\x61head\x18\x03 \x01(\x05\x12\x30\n\rexpected_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1a\n\x12\x61nswers_per_second\x18\x05 \x01(\x01\"\x13\n\x11GetGatewayRequest2d\n\x0eGatewayService\x12R\n\nGetGateway\x12&.penstock.gateway.v1.GetGatewayRequest\x1a\x1c.penstock.gateway.v1.Gatewayb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GATEWAY']._serialized_end=345
   _globals['_DEPENDENCY']._serialized_start=347
   _globals['_DEPENDENCY']._serialized_end=405
-  _globals['_ROUTESUMMARY']._serialized_start=407
-  _globals['_ROUTESUMMARY']._serialized_end=481
-  _globals['_GETGATEWAYREQUEST']._serialized_start=483
-  _globals['_GETGATEWAYREQUEST']._serialized_end=502
-  _globals['_GATEWAYSERVICE']._serialized_start=504
-  _globals['_GATEWAYSERVICE']._serialized_end=604
+  _globals['_ROUTESUMMARY']._serialized_start=408
+  _globals['_ROUTESUMMARY']._serialized_end=556
+  _globals['_QUEUESUMMARY']._serialized_start=559
+  _globals['_QUEUESUMMARY']._serialized_end=701
+  _globals['_GETGATEWAYREQUEST']._serialized_start=703
+  _globals['_GETGATEWAYREQUEST']._serialized_end=722
+  _globals['_GATEWAYSERVICE']._serialized_start=724
+  _globals['_GATEWAYSERVICE']._serialized_end=824
 # @@protoc_insertion_point(module_scope)

@@ -110,26 +110,76 @@ class RouteSummary(_message.Message):
     DEPLOYMENT_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     CALLS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    CALLS_REFUSED_FIELD_NUMBER: _builtins.int
+    QUEUES_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     """Output only. The name callers use."""
     ready: _builtins.bool
     """Output only. Whether a replica would answer now."""
     calls_in_flight: _builtins.int
     """Output only. Calls waiting at this gateway."""
+    calls_refused: _builtins.int
+    """Output only. Calls that were refused before they were queued, since the process started."""
+    @_builtins.property
+    def queues(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueSummary]:
+        """Output only. Its queues: one for each version and priority."""
+
     def __init__(
         self,
         *,
         deployment: _builtins.str = ...,
         ready: _builtins.bool = ...,
         calls_in_flight: _builtins.int = ...,
+        calls_refused: _builtins.int = ...,
+        queues: _abc.Iterable[Global___QueueSummary] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_in_flight", b"calls_in_flight", "deployment", b"deployment", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls_in_flight", b"calls_in_flight", "calls_refused", b"calls_refused", "deployment", b"deployment", "queues", b"queues", "ready", b"ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RouteSummary: _TypeAlias = RouteSummary  # noqa: Y015
+
+@_typing.final
+class QueueSummary(_message.Message):
+    """One priority of one version's queue, as admission at this gateway sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_FIELD_NUMBER: _builtins.int
+    ANSWERS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Output only. Number of the version."""
+    priority: _builtins.str
+    """Output only. high, normal or low."""
+    ahead: _builtins.int
+    """Output only. Calls that wait or are computed, those of other gateways included."""
+    answers_per_second: _builtins.float
+    """Output only. Pace at which this gateway's calls are answered while they wait; 0 while unknown."""
+    @_builtins.property
+    def expected_wait(self) -> _duration_pb2.Duration:
+        """Output only. How long a call that came now would wait; 0 while the pace is unknown."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        priority: _builtins.str = ...,
+        ahead: _builtins.int = ...,
+        expected_wait: _duration_pb2.Duration | None = ...,
+        answers_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_wait", b"expected_wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "answers_per_second", b"answers_per_second", "expected_wait", b"expected_wait", "priority", b"priority", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueSummary: _TypeAlias = QueueSummary  # noqa: Y015
 
 @_typing.final
 class GetGatewayRequest(_message.Message):

@@ -8,11 +8,10 @@ from prometheus_client import Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from penstock_gateway.hotpath.bounds import PRIORITIES
 from penstock_gateway.hotpath.dispatch import Dispatcher
 from penstock_gateway.hotpath.lanes import BUCKETS
 from penstock_kit.errors import Code
-
-_PRIORITIES = ("high", "normal", "low")
 
 
 class GatewayCollector(Collector):
@@ -91,7 +90,7 @@ class GatewayCollector(Collector):
         for name, route in self._dispatcher.table.routes.items():
             for target in route.targets:
                 waitlist = self._dispatcher.waitlists[target.queue]
-                for priority, backlog in zip(_PRIORITIES, waitlist.backlogs, strict=True):
+                for priority, backlog in zip(PRIORITIES, waitlist.backlogs, strict=True):
                     where = [name, str(target.version), priority]
                     ahead.add_metric(where, backlog.waiting + backlog.others)
                     wait.add_metric(where, backlog.expected_wait)

@@ -11,7 +11,8 @@ from penstock_kit.queue.keys import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL
 
 # In HTTP and in gRPC's metadata.
 PRIORITY_HEADER = b"x-penstock-priority"
-_WORDS = {"high": PRIORITY_HIGH, "normal": PRIORITY_NORMAL, "low": PRIORITY_LOW}
+PRIORITIES = ("high", "normal", "low")
+_WORDS = dict(zip(PRIORITIES, (PRIORITY_HIGH, PRIORITY_NORMAL, PRIORITY_LOW), strict=True))
 _BY_HEADER = {word.encode(): priority for word, priority in _WORDS.items()}
 
 

@@ -16,7 +16,7 @@ _ERRORS = {
     "405": "The path does not take this method; Allow says which.",
     "413": "The body is over the limit.",
     "415": "The content type or encoding is not taken here.",
-    "429": "Too many unanswered requests; Retry-After says when to try again.",
+    "429": "The answer would come too late, or too much waits already; Retry-After says when to try again.",
     "500": "A fault of the server or of the model.",
     "501": "Known to the protocol, not offered here.",
     "503": "Not ready, or a part cannot be reached now.",
@@ -44,6 +44,13 @@ _TIMEOUT = {
     "required": False,
     "description": "Milliseconds after which the caller no longer waits; 60 s if not given.",
     "schema": {"type": "integer", "minimum": 1, "maximum": 604800000},
+}
+_PRIORITY = {
+    "name": "x-penstock-priority",
+    "in": "header",
+    "required": False,
+    "description": "High goes first; low is refused first when there is too much to do.",
+    "schema": {"type": "string", "enum": ["high", "normal", "low"], "default": "normal"},
 }
 _HEADER_LENGTH = {
     "name": "Inference-Header-Content-Length",
@@ -77,7 +84,7 @@ def _operation(
         "operationId": identity,
         "summary": summary,
         "tags": [tag],
-        "parameters": [*parameters, _TIMEOUT],
+        "parameters": [*parameters, _TIMEOUT, *([_PRIORITY] if tag == "inference" else [])],
         "responses": {
             "200": {"description": "The answer.", "content": _content(answer)},
             **{
