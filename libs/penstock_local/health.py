@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import grpc
 import httpx
@@ -12,8 +13,11 @@ from grpc_health.v1 import health_pb2
 
 from penstock_kit.errors import PenstockError
 from penstock_kit.rpc import open_channel
+from penstock_kit.threads import in_thread
 
 PROBE_SECONDS = 2.0
+# See penstock_gateway.api.metrics.
+_READY = "penstock_gateway_ready "
 
 
 class HealthKind(StrEnum):
@@ -22,6 +26,7 @@ class HealthKind(StrEnum):
     NONE = "none"  # it is healthy as long as it runs
     GRPC = "grpc"  # grpc.health.v1 at an address
     HTTP = "http"  # GET a URL: 200
+    METRICS = "metrics"  # its own metrics, whose host:port a file holds, say that it is ready
     POSTGRES = "postgres"  # connect to a SQLAlchemy URL
     REDIS = "redis"  # PING a URL
 
@@ -47,6 +52,8 @@ async def probe(health: Health, seconds: float = PROBE_SECONDS) -> str:
                     return await _grpc(health.target, seconds)
                 case HealthKind.HTTP:
                     return await _http(health.target, seconds)
+                case HealthKind.METRICS:
+                    return await _metrics(Path(health.target), seconds)
                 case HealthKind.POSTGRES:
                     return await _postgres(health.target)
                 case HealthKind.REDIS:
@@ -81,6 +88,21 @@ async def _http(url: str, seconds: float) -> str:
     except httpx.HTTPError as error:
         return f"no answer ({type(error).__name__})"
     return "" if answer.status_code == httpx.codes.OK else f"answered {answer.status_code}"
+
+
+async def _metrics(address: Path, seconds: float) -> str:
+    """Ask one of several gateways on one port: on that port, any of them might answer."""
+    try:
+        url = f"http://{await in_thread(address.read_text)}/metrics"
+    except OSError:
+        return "it does not listen yet"
+    try:
+        async with httpx.AsyncClient(timeout=seconds, trust_env=False) as client:
+            answer = await client.get(url)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return f"no answer ({type(error).__name__})"
+    ready = any(line.startswith(_READY) and float(line[len(_READY) :]) for line in answer.text.splitlines())
+    return "" if ready else "it cannot queue inferences yet"
 
 
 async def _postgres(url: str) -> str:

@@ -110,12 +110,14 @@ def services(layout: Layout) -> list[ServiceSpec]:
         specs.append(
             spec(name, "penstock_worker", _WORKERS, address, Health(HealthKind.GRPC, address), **env)
         )
-    ready = Health(HealthKind.HTTP, f"{layout.url}/v2/health/ready")
     for name in numbered("gateway", layout.options.gateways):
         env = {
             "PENSTOCK_GATEWAY_LISTEN": layout.address,
             "PENSTOCK_GATEWAY_SHARE_PORT": str(layout.options.gateways > 1).lower(),
         }
+        ready = Health(HealthKind.HTTP, f"{layout.url}/v2/health/ready")
+        if layout.options.gateways > 1:
+            ready = Health(HealthKind.METRICS, str(layout.options.data_dir / name / _METRICS_ADDRESS))
         specs.append(spec(name, "penstock_gateway", _GATEWAYS, layout.address, ready, **env))
     return specs
 

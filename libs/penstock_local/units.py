@@ -168,6 +168,8 @@ class ServiceUnit(Unit):
 
         if self._process is not None:
             return
+        if self._spec.metrics_file is not None:  # one that was killed leaves an address that others may get
+            self._spec.metrics_file.unlink(missing_ok=True)
         try:
             self._process = await in_thread(start)
         except OSError as error:
