@@ -72,6 +72,7 @@ class Caller(ABC):
         width: Numbers in a row, at least and at most.
         timeout: Seconds that a call may take.
         pause: Seconds between two calls.
+        calls_per_connection: After so many calls it connects anew; 0 for never.
         retry: Whether gRPC's own retry policy tries UNAVAILABLE again.
     """
 
@@ -82,6 +83,7 @@ class Caller(ABC):
     width: tuple[int, int] = (16, 16)
     timeout: float = 30.0
     pause: float = 0.0
+    calls_per_connection: int = 0
     retry: bool = False
     carrier: str = field(default="grpc", init=False)
     _random: random.Random = field(default_factory=random.Random, init=False)
@@ -96,12 +98,15 @@ class Caller(ABC):
 
     async def run(self, address: str, history: History, stopping: asyncio.Event) -> None:
         """Call until told to stop."""
-        async with self._connected(address) as connection:
-            while not stopping.is_set():
-                if not await self._once(connection, history):
-                    await asyncio.sleep(_AFTER_ERROR_SECONDS)
-                if self.pause:
-                    await asyncio.sleep(self.pause * self._random.uniform(0.5, 1.5))
+        while not stopping.is_set():
+            async with self._connected(address) as connection:
+                count = 0
+                while not stopping.is_set() and (not count or count != self.calls_per_connection):
+                    if not await self._once(connection, history):
+                        await asyncio.sleep(_AFTER_ERROR_SECONDS)
+                    if self.pause:
+                        await asyncio.sleep(self.pause * self._random.uniform(0.5, 1.5))
+                    count += 1
 
     @abstractmethod
     def _connected(self, address: str) -> AbstractAsyncContextManager[Any]:

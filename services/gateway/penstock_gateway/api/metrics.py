@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 from prometheus_client import Metric, generate_latest
@@ -25,7 +26,7 @@ class GatewayCollector(Collector):
         self._dispatcher = dispatcher
 
     def collect(self) -> Iterator[Metric]:
-        """Give all metrics."""
+        """Give all metrics. Called on the event loop."""
         answers = CounterMetricFamily(
             "penstock_gateway_inferences", "Inferences answered.", labels=["deployment", "code"]
         )
@@ -66,6 +67,9 @@ class GatewayCollector(Collector):
         generation = GaugeMetricFamily("penstock_gateway_route_generation", "Of the routing table.")
         generation.add_metric([], self._dispatcher.table.generation)
         yield generation
+        tasks = GaugeMetricFamily("penstock_gateway_tasks", "Tasks of the event loop that have not ended.")
+        tasks.add_metric([], len(asyncio.all_tasks()))
+        yield tasks
         well = GaugeMetricFamily("penstock_gateway_ready", "1 while inferences can be queued.")
         well.add_metric([], float(not self._dispatcher.problem))
         yield well
