@@ -52,8 +52,8 @@ def draw(results: Results, path: Path) -> bool:
         _overload(results, curves, grid[-1][0], grid[-1][1])
     m = results.machine
     figure.suptitle(
-        f"{m['cores']} cores, {m['cpu']}, client and server on one machine; "
-        f"{results.options.get('seconds'):g} s a point, {results.options.get('rounds')} starts; commit {m['commit']}, {m['time'][:10]}",
+        f"{m['cores']} cores, {m['cpu']}, client and server on one machine; commit {m['commit']}; "
+        f"{results.options['seconds']:g} s a point, {results.options['rounds']} starts; {m['time'][:10]}",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)

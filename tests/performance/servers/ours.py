@@ -40,24 +40,29 @@ class Ours(Server):
         data = folder / "data"
         began = time.monotonic()
         environment = {"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"}
-        with (
-            Mesh(data, gateways=self._gateways, env=environment) as mesh,
-            penstock.Client(mesh.address) as client,
-        ):
-            workload.build(folder / "model")
-            client.push(folder / "model", model=workload.model)
-            client.deploy(workload.model, replicas=self._replicas)
-            client.wait_ready(workload.model, timeout=_READY_SECONDS)
-            doors = self._ways(mesh.address, workload)
+        try:
+            mesh = Mesh(data, gateways=self._gateways, env=environment)
+        except AssertionError as error:
+            raise CannotStart(_line(error)) from error
+        with mesh, penstock.Client(mesh.address) as client:
             try:
+                workload.build(folder / "model")
+                client.push(folder / "model", model=workload.model)
+                client.deploy(workload.model, replicas=self._replicas)
+                client.wait_ready(workload.model, timeout=_READY_SECONDS)
+                doors = self._ways(mesh.address, workload)
                 wait_answer(doors, workload, mesh.runs, _READY_SECONDS)
-            except TimeoutError as error:
-                raise CannotStart(f"{error}; {_last_error(mesh)}") from error
+            except (penstock.PenstockError, TimeoutError) as error:
+                raise CannotStart(f"{_line(error)}; {_last_error(mesh)}") from error
             yield Running(doors, Tree(MARK, str(data.absolute())), time.monotonic() - began)
 
     @staticmethod
     def _ways(address: str, workload: Workload) -> tuple[Door, ...]:
         return (Door("grpc", address), Door("http", address), binary_http_door(address, workload))
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _last_error(mesh: Mesh) -> str:
