@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -10,7 +16,7 @@ import numpy as np
 import pytest
 
 from penstock import Client, PackageOptions
-from penstock.errors import InvalidArgument, Reason
+from penstock.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Reason, Unavailable
 from support.digits_ensemble import Digits, train
 from support.mesh_process import Mesh
 
@@ -99,3 +105,116 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_pushed(
     with pytest.raises(Exception, match=r"'projected'.*does not fit step again.*\[-1, 24\]") as caught:
         client.push(path)
     assert caught.value.reason is Reason.MANIFEST_MISMATCH  # type: ignore[attr-defined]
+
+
+def test_the_graph_is_shown(mesh: Mesh, digits: Digits) -> None:
+    shown = cli(mesh, "show", "digits:1").partition("STAGE")[2]
+    assert shown.index("project ") < shown.index("forest ") < shown.index("weigh ")
+    assert "image → input" in shown
+    assert "probabilities → by_neighbours" in shown
+
+
+def test_it_says_what_it_is_to_clients_of_other_servers(mesh: Mesh, digits: Digits) -> None:
+    found = httpx.get(f"{mesh.url}/v2/models/digits").json()
+    assert found["platform"] == "ensemble"
+    assert [tensor["name"] for tensor in found["outputs"]] == ["label", "probabilities"]
+
+
+def test_what_an_ensemble_calls_cannot_be_deleted(client: Client, digits: Digits) -> None:
+    with pytest.raises(FailedPrecondition, match="step forest of deployment digits calls it") as caught:
+        client.undeploy("forest")
+    assert caught.value.reason is Reason.IN_USE
+
+
+def test_a_deadline_is_kept_across_the_steps(client: Client, digits: Digits) -> None:
+    with pytest.raises(DeadlineExceeded):
+        client.predict("digits", digits.images[:1], timeout=0.0005)
+
+
+def test_an_ensemble_deployed_before_its_steps_waits_for_them(
+    mesh: Mesh, client: Client, digits: Digits, tmp_path: Path
+) -> None:
+    (tmp_path / "ensemble.yaml").write_text(
+        "inputs: [{name: image, dataType: FP64, shape: [-1, 64]}]\n"
+        "outputs: [{name: label, dataType: INT64, shape: [-1]}]\n"
+        "steps:\n"
+        "- {model: project, inputs: {input: image}, outputs: {transformed: projected}}\n"
+        "- {name: read, model: reader, inputs: {input: projected}, outputs: {label: label}}\n"
+    )
+    client.push(tmp_path, model="early")
+    client.deploy("early")
+    missing = "Step read: there is no deployment reader; deploy it."
+    mesh.wait(lambda: missing in client.get_deployment("early").message, "it says what it waits for")
+    assert not client.is_ready("early")
+    with pytest.raises(Unavailable, match="Step read") as caught:
+        client.predict("early", digits.images[:1])
+    assert caught.value.reason is Reason.NOT_READY
+    client.deploy("reader", "forest")
+    client.wait_for_deployment("early")
+    np.testing.assert_array_equal(
+        client.predict("early", digits.images[:9])["label"],
+        digits.forest.predict(digits.project.transform(digits.images[:9])),
+    )
+    # A model that takes something else now: the ensemble does not fit it any more, and says so.
+    client.deploy("reader", "weigh")
+    mesh.wait(lambda: serving(client, "reader") == {"models/weigh"}, "reader serves another model")
+    with pytest.raises(FailedPrecondition, match=r"Step read: .*no input 'input'") as caught:
+        client.predict("early", digits.images[:1])
+    assert caught.value.reason is Reason.MANIFEST_MISMATCH
+    client.undeploy("early")
+
+
+def test_no_request_is_lost_when_replicas_of_steps_and_ensemble_are_killed(
+    mesh: Mesh, client: Client, digits: Digits
+) -> None:
+    images = digits.images[:40]
+    expected = digits.by_hand(images)
+    stop = threading.Event()
+
+    def ask(first: int) -> int:
+        answered = 0
+        with Client(mesh.address) as own:
+            while not stop.is_set():
+                at = (first + answered) % len(images)
+                found = own.predict("digits", images[at : at + 1], timeout=30)
+                assert found["label"].tolist() == [expected[at]]
+                answered += 1
+        return answered
+
+    def kill(deployment: str) -> None:
+        (victim,) = client.list_replicas(deployment=deployment)
+        os.kill(victim.pid, signal.SIGKILL)
+        mesh.wait(
+            lambda: (
+                [each.pid for each in client.list_replicas(deployment=deployment) if each.pid]
+                not in ([], [victim.pid])
+                and client.is_ready("digits")
+            ),
+            f"{deployment} answers again",
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask, first) for first in range(8)]
+        try:
+            for deployment in ("forest", "digits", "project", "digits", "weigh"):
+                kill(deployment)
+        finally:
+            stop.set()
+        assert sum(one.result(timeout=60) for one in asking) > 50
+
+
+def cli(mesh: Mesh, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "penstock_cli", *words],
+        env={**os.environ, "PENSTOCK_ENDPOINT": mesh.address, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def serving(client: Client, name: str) -> set[str]:
+    return {target.model for target in client.get_deployment(name).serving}

@@ -16,7 +16,7 @@ import redis
 from penstock.queue.v1 import envelope_pb2 as envelope
 from penstock.registry.v1.manifest_pb2 import EnsembleStep, Manifest
 from penstock.scheduler.v1 import deployment_pb2
-from penstock_kit.errors import Code, Reason
+from penstock_kit.errors import Code, DeadlineExceeded, Reason
 from penstock_kit.queue.keys import queue_name, streams
 from penstock_kit.queue.messages import Reply, Request
 from support.gateway_world import DIGEST, Replica, World, echo, hold, refuse
@@ -204,9 +204,11 @@ async def test_a_deadline_ends_the_steps_with_the_request(stage: Stage) -> None:
     stage.steps["two"].stop()
     with stage.replica().ready():
         async with Caller(stage.redis_url) as caller:
-            with pytest.raises(Exception, match="deadline") as caught:
-                await ask(caller, seconds=0.4)
-            assert caught.value.reason is Reason.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+            try:
+                code = (await ask(caller, seconds=0.4)).header.code
+            except DeadlineExceeded as error:  # the caller's own end of the queue may be the first to notice
+                code = error.code
+            assert code == Code.DEADLINE_EXCEEDED
             await until(lambda: stage.waiting("two") == 0)
     stage.add("two")
 

@@ -117,8 +117,13 @@ class ConcurrentServable(Protocol):
         """
         ...
 
-    def begin(self, calls: Sequence[Call]) -> None:
-        """Begin requests. Returns at once; each call's `done` gets its outcome."""
+    def begin(self, calls: Sequence[Call], *, wait: bool = False) -> None:
+        """Begin requests; each call's `done` gets its outcome.
+
+        Args:
+            calls: The requests.
+            wait: Return only once all that can be done at first has been done, instead of at once.
+        """
         ...
 
     def abandon(self, calls: Sequence[Call]) -> None:

@@ -152,16 +152,18 @@ class ConcurrentServing:
             self._begin(works)
         if refused:
             self._answering.answer(refused, ())
+        if suspects:
+            log.warning("beginning requests whose replica died", extra={"requests": len(suspects)})
         for suspect in suspects:
-            self._run_suspect(suspect)
+            self._begin_suspect(suspect)
 
-    def _begin(self, works: Sequence[Work]) -> None:
+    def _begin(self, works: Sequence[Work], *, wait: bool = False) -> None:
         now = time.time_ns()
         begun = [_Begun(work, now) for work in works]
         calls = [self._call(one) for one in begun]
         with self._changed:
             self._in_flight.update({id(one): one for one in begun})
-        self._servable.begin(calls)
+        self._servable.begin(calls, wait=wait)
 
     def _call(self, begun: _Begun) -> Call:
         work = begun.work
@@ -177,9 +179,13 @@ class ConcurrentServing:
         )
         return begun.call
 
-    def _run_suspect(self, request: Request) -> None:
-        """Run a request that was with a replica when it died: alone, and announced."""
-        self._wait_for_all(float("inf"))
+    def _begin_suspect(self, request: Request) -> None:
+        """Begin a request that was with a replica when it died: announced, for as long as that takes.
+
+        A request that kills this process does so most likely here, where it is decoded and taken apart. Later
+        it only waits for others: whoever kills the process then is not to be blamed on it. One that kills it
+        in the end all the same is tried again until its deadline.
+        """
         while self._failure is None:
             if request.expired():
                 self._answering.answer([expired(request, time.time_ns())], ())
@@ -188,13 +194,11 @@ class ConcurrentServing:
                 self._reader.mark_running(request)
                 break
             time.sleep(_RETRY_SECONDS)
-        log.warning("running a request alone, whose replica died", extra={"attempt": request.attempt})
         work = self._answering.decode(request)
         if isinstance(work, Outcome):
             self._answering.answer([work], ())
         else:
-            self._begin([work])
-            self._wait_for_all(float("inf"))
+            self._begin([work], wait=True)
         # The next suspect overwrites the mark; one that names an answered request does no harm.
         with contextlib.suppress(Unavailable):
             self._reader.mark_running(None)

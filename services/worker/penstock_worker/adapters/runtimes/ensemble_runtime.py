@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_LIMIT = 512
 _CLOSE_SECONDS = 5.0
+_BEGIN_SECONDS = 5.0
 
 
 class EnsembleRuntime:
@@ -75,12 +76,16 @@ class EnsembleServable:
         if self._problem is not None:
             raise self._problem
 
-    def begin(self, calls: Sequence[Call]) -> None:
+    def begin(self, calls: Sequence[Call], *, wait: bool = False) -> None:
         """Begin requests."""
         loop, ensemble = self._loop, self._ensemble
         if loop is None or ensemble is None:
             raise Unavailable("The ensemble has not been started.", reason=Reason.NOT_READY)
         loop.call_soon_threadsafe(ensemble.begin, calls)
+        if wait:
+            begun = threading.Event()
+            loop.call_soon_threadsafe(begun.set)
+            begun.wait(_BEGIN_SECONDS)
 
     def abandon(self, calls: Sequence[Call]) -> None:
         """Give up requests."""
