@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from typing import Any, Protocol
 
 from penstock_gateway.hotpath.http.head import Head
+from penstock_gateway.hotpath.http.parts import Parts
 from penstock_gateway.hotpath.http.ports import ClientGone, Headers, Scope
 
 _DISCONNECT = {"type": "http.disconnect"}
@@ -49,10 +49,10 @@ class Exchange:
     """
 
     __slots__ = (
-        "_chunks",
         "_ended",
         "_gone",
         "_head",
+        "_parts",
         "_start",
         "_trailers",
         "_waiter",
@@ -64,7 +64,7 @@ class Exchange:
     def __init__(self, wire: Wire, head: Head) -> None:
         self._wire = wire
         self._head = head
-        self._chunks: deque[bytes] = deque()
+        self._parts = Parts()
         self._ended = False
         self._gone = False
         self._waiter: asyncio.Future[None] | None = None
@@ -89,14 +89,14 @@ class Exchange:
 
     def feed(self, data: bytes, *, end: bool) -> None:
         """Take a part of the body."""
-        if data:
-            self._chunks.append(data)
+        self._parts.add(data)
         self._ended = self._ended or end
         self._wake()
 
     def leave(self) -> None:
         """Take notice that the caller went away."""
         self._gone = True
+        self._parts = Parts()
         self._wake()
 
     def _wake(self) -> None:
@@ -110,9 +110,8 @@ class Exchange:
         while True:
             if self._gone or self.finished:
                 return _DISCONNECT
-            if self._chunks:
-                body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-                self._chunks.clear()
+            if self._parts:
+                body = self._parts.join()
                 ended, self._ended = self._ended, False
                 self._wire.taken(len(body))
                 return {"type": "http.request", "body": body, "more_body": not ended}

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 # RFC 9110, section 5.1 (lower case, as HTTP/2 wants it) and 5.5.
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(rb"(?:[^\x00-\x20\x7f](?:[^\x00-\x08\x0a-\x1f\x7f]*[^\x00-\x20\x7f])?)?")
+# RFC 9112, section 3.2: a path with a query, or an asterisk.
+_TARGET = re.compile(rb"/[\x21-\x7e]*|\*")
+_ABSOLUTE = re.compile(rb"https?://[^/?]+", re.IGNORECASE)
 _METHOD = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}")
 # RFC 9113, section 8.2.2.
 _OF_CONNECTIONS = frozenset(
@@ -36,12 +39,14 @@ class Head:
         headers: Names in lower case, in their order.
         fields: The same by name; of repeated ones the last.
         content_length: Bytes that the body is announced to have; None if it is not.
+        expects: Whether the caller waits for a word before it sends the body (Expect: 100-continue).
         version: "1.0", "1.1" or "2".
         plan: How it is served without a task; None if it must be served as ASGI.
     """
 
     __slots__ = (
         "content_length",
+        "expects",
         "fields",
         "headers",
         "method",
@@ -57,6 +62,8 @@ class Head:
     ) -> None:
         if not _METHOD.fullmatch(method):
             raise MalformedHead("the method is no token")
+        if not _TARGET.fullmatch(target) or (target == b"*" and method != b"OPTIONS"):
+            raise MalformedHead("the target is no path")
         self.method = method.decode()
         self.raw_path, _, self.query = target.partition(b"?")
         path = unquote_to_bytes(self.raw_path) if b"%" in self.raw_path else self.raw_path
@@ -64,6 +71,7 @@ class Head:
         self.headers = headers
         self.fields = dict(headers)
         self.version = version
+        self.expects = version != "1.0" and self.fields.get(b"expect", b"").lower() == b"100-continue"
         self.content_length = _content_length(headers)
         self.plan: Plan | None = None
 
@@ -88,11 +96,26 @@ def from_fields(fields: list[tuple[bytes, bytes]]) -> Head:
         if not _VALUE.fullmatch(value):
             raise MalformedHead("a header's value is not allowed")
     method, path = pseudo.get(b":method", b""), pseudo.get(b":path", b"")
-    if b":scheme" not in pseudo or not path or (path[:1] != b"/" and (path != b"*" or method != b"OPTIONS")):
+    if b":scheme" not in pseudo or b":method" not in pseudo:
         raise MalformedHead("a pseudo-header is missing or empty")
     if b":authority" in pseudo and not any(name == b"host" for name, _ in headers):
         headers.insert(0, (b"host", pseudo[b":authority"]))
     return Head(method, path, headers, "2")
+
+
+def from_line(method: bytes, target: bytes, headers: list[tuple[bytes, bytes]], version: str) -> Head:
+    """Return the head of an HTTP/1 request; of a target in the absolute form, the path counts.
+
+    Raises:
+        MalformedHead: It breaks a rule that the parser of its lines does not know.
+    """
+    if any(not _VALUE.fullmatch(value) for _, value in headers):
+        raise MalformedHead("a header's value is not allowed")
+    if target[:4].lower() == b"http" and (match := _ABSOLUTE.match(target)):
+        target = target[match.end() :]
+        if target[:1] != b"/":
+            target = b"/" + target
+    return Head(method, target, headers, version)
 
 
 def check_trailers(fields: list[tuple[bytes, bytes]]) -> None:

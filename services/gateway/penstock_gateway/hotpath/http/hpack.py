@@ -12,7 +12,9 @@ from penstock_gateway.hotpath.http.ports import Headers
 # Bytes of one head, as RFC 9113 counts them (32 for each field beside its own).
 MAX_HEAD_BYTES = 65_536
 TABLE_BYTES = 4096
-_MAX_HEADS = 128
+# What is kept of heads: for so many of a connection, none above this length, read or as it came.
+_MAX_HEADS = 64
+_MAX_KEPT_BYTES = 4096
 
 
 class HeadTooLarge(Exception):
@@ -56,7 +58,8 @@ class HeadReader:
             self.heads.clear()
         head = from_fields(fields)
         self._complete(head)
-        if not changed:
+        size = sum(len(name) + len(value) for name, value in fields)
+        if not changed and len(block) + size <= _MAX_KEPT_BYTES:
             if len(self.heads) >= _MAX_HEADS:
                 self.heads.clear()
             self.heads[block] = head
@@ -76,6 +79,8 @@ class HeadReader:
         check_trailers(fields)
 
     def _fields(self, block: bytes) -> tuple[list[tuple[bytes, bytes]], bool]:
+        if len(block) > MAX_HEAD_BYTES:
+            raise HeadTooLarge
         entries = self._decoder.header_table.dynamic_entries
         before, newest = len(entries), entries[0] if entries else None
         size = self._decoder.header_table_size

@@ -3,202 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
+import logging
+import re
+from typing import TYPE_CHECKING, cast
 
 import h11
 
+from penstock_gateway.hotpath.http.carrier import Carrier
+from penstock_gateway.hotpath.http.chunks import ChunkReader, MalformedChunks
 from penstock_gateway.hotpath.http.exchange import Exchange
-from penstock_gateway.hotpath.http.head import Head, MalformedHead
+from penstock_gateway.hotpath.http.head import Head, MalformedHead, from_line
 from penstock_gateway.hotpath.http.hpack import MAX_HEAD_BYTES
-from penstock_gateway.hotpath.http.ports import ClientGone, Headers
-from penstock_kit.errors import DeadlineExceeded, Reason, ResourceExhausted, Unimplemented
+from penstock_gateway.hotpath.http.parts import Parts
+from penstock_gateway.hotpath.http.turn import PHRASES, Turn
+from penstock_kit.errors import DeadlineExceeded, Reason, ResourceExhausted
 
 if TYPE_CHECKING:
     from penstock_gateway.hotpath.http.server import HttpServer
 
+log = logging.getLogger(__name__)
+
 HEAD_SECONDS = 10.0
 IDLE_SECONDS = 300.0
-LINGER_SECONDS = 2.0
+# Between two parts of a body, where it is not the application that does not read.
+BODY_SECONDS = 60.0
 HIGH_WATER_BYTES = 256 * 1024
+MAX_HEADERS = 256
 # Of calls that follow the open one, so much is read ahead.
 _AHEAD_BYTES = 64 * 1024
 _MAX_CACHED_HEAD = 2048
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
+# CR or LF alone, a line that goes on in the next (RFC 9112, sections 2.2 and 5.2): where programs differ
+# about what they mean, requests are smuggled.
+_CROOKED = re.compile(rb"\r(?!\n)|(?<!\r)\n|\n[ \t]")
+_OVERFULL = "The gateway holds as many bytes of unfinished requests as it may. Retry."
+_TOO_LARGE = f"The head has over {MAX_HEAD_BYTES} bytes, or over {MAX_HEADERS} headers."
 
 
-class Turn:
-    """One call: `Responder` of a plan, or `Wire` of an exchange.
-
-    Attributes:
-        head: Of the request.
-        exchange: Set if it is served as ASGI.
-        work: What the plan's `run` returned; None before that.
-        answered: Whether the whole answer was given.
-        ended: Whether the whole request has come.
-    """
-
-    __slots__ = (
-        "_chunked",
-        "_connection",
-        "_room",
-        "_started",
-        "answered",
-        "close_after",
-        "ended",
-        "exchange",
-        "head",
-        "unread",
-        "work",
-    )
-
-    def __init__(self, connection: Http1Connection, head: Head, *, close_after: bool) -> None:
-        self._connection = connection
-        self.head = head
-        self.close_after = close_after
-        self.exchange: Exchange | None = None
-        self.work: Any = None
-        self.answered = self.ended = False
-        self.unread = 0
-        self._started = self._chunked = False
-        self._room: asyncio.Future[None] | None = None
-
-    # Responder
-
-    def answer_message(self, payload: bytes) -> None:
-        """Refuse: gRPC needs HTTP/2, and its calls are not given to plans here."""
-        self.answer_grpc(())
-
-    def answer_grpc(self, trailers: Headers, body: bytes = b"", headers: Headers = ()) -> None:
-        """Refuse; see `answer_message`."""
-        words = Unimplemented("gRPC needs HTTP/2.").message.encode()
-        self.answer_http(426, [(b"content-type", b"text/plain"), (b"upgrade", b"h2c")], words)
-
-    def answer_http(self, status: int, headers: Headers, body: bytes) -> None:
-        """Answer, with the length of the body."""
-        if self.answered:
-            return
-        self.answered = True
-        lines = [self._status_line(status)]
-        for name, value in headers:
-            lines += (name, b": ", value, b"\r\n")
-        lines.append(b"content-length: %d\r\n\r\n" % len(body))
-        if self.head.method != "HEAD":
-            lines.append(body)
-        self._connection.write_parts(lines, len(body))
-        self._connection.finish(self)
-
-    # Wire
-
-    def send_head(self, status: int, headers: Headers, *, end: bool) -> None:
-        """Send the head of the answer."""
-        if self.answered:
-            return
-        self._started = True
-        known = [*headers]
-        sized = any(name == b"content-length" for name, _ in known)
-        empty = self.head.method == "HEAD" or status in (204, 304) or status < 200
-        if not sized and not empty:
-            if end:
-                known.append((b"content-length", b"0"))
-            elif self.head.version == "1.1":
-                self._chunked = True
-                known.append((b"transfer-encoding", b"chunked"))
-            else:
-                self.close_after = True
-        lines = [self._status_line(status)]
-        for name, value in known:
-            lines += (name, b": ", value, b"\r\n")
-        lines.append(b"\r\n")
-        self._connection.write_parts(lines, 0)
-        if end:
-            self._end()
-
-    def send_data(self, data: bytes, *, end: bool) -> None:
-        """Send a part of the body."""
-        if self.answered:
-            return
-        if data and self.head.method != "HEAD":
-            if self._chunked:
-                self._connection.write_parts([b"%x\r\n" % len(data), data, b"\r\n"], len(data))
-            else:
-                self._connection.write_parts([data], len(data))
-        if end:
-            if self._chunked:
-                self._connection.write_parts([b"0\r\n\r\n"], 0)
-            self._end()
-
-    def send_trailers(self, headers: Headers) -> None:
-        """End; HTTP/1's callers do not look for trailers."""
-        self.send_data(b"", end=True)
-
-    async def room(self) -> None:
-        """Return when the caller reads.
-
-        Raises:
-            ClientGone: It never will.
-        """
-        while self._connection.paused:
-            if self.exchange is None:
-                raise ClientGone
-            self._room = asyncio.get_running_loop().create_future()
-            await self._room
-
-    def taken(self, size: int) -> None:
-        """Let the caller send more."""
-        self.unread -= size
-        self._connection.server.release(size)
-        self._connection.listen()
-
-    def abort(self) -> None:
-        """End in the middle of the answer."""
-        self._connection.abort()
-
-    # The connection's side
-
-    def _status_line(self, status: int) -> bytes:
-        if not self.ended:
-            self.close_after = True
-        line = b"HTTP/1.1 %d %b\r\n%b" % (
-            status,
-            _PHRASES.get(status, b"Unknown"),
-            self._connection.server.date,
-        )
-        if self.close_after:
-            return line + b"connection: close\r\n"
-        return line + b"connection: keep-alive\r\n" if self.head.version == "1.0" else line
-
-    def _end(self) -> None:
-        self.answered = True
-        self._connection.finish(self)
-
-    def wake(self) -> None:
-        """Let the application look again whether there is room."""
-        room, self._room = self._room, None
-        if room is not None and not room.done():
-            room.set_result(None)
-
-    def close(self) -> None:
-        """Let go of what is held for a call that is over."""
-        if self.unread:
-            self._connection.server.release(self.unread)
-            self.unread = 0
-
-    def gone(self) -> None:
-        """Take notice that the caller went away."""
-        self.answered = True
-        self.close()
-        exchange, self.exchange = self.exchange, None
-        work, self.work = self.work, None
-        if exchange is not None:
-            exchange.leave()
-        elif work is not None and self.head.plan is not None:
-            self.head.plan.cancel(work)
-        self.wake()
-
-
-class Http1Connection(asyncio.Protocol):
+class Http1Connection(Carrier):
     """The server's side of one connection.
 
     Args:
@@ -206,29 +48,24 @@ class Http1Connection(asyncio.Protocol):
 
     Attributes:
         server: It belongs to.
-        paused: Whether the peer does not read.
+        turn: The call that is open.
     """
 
     def __init__(self, server: HttpServer) -> None:
+        super().__init__()
         self.server = server
-        self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
         self._buffer = b""
-        self._turn: Turn | None = None
+        self.turn: Turn | None = None
         # Of the body that comes: bytes that are missing, or the parser of chunks.
         self._missing = 0
-        self._chunks: h11.Connection | None = None
-        self._parts: list[bytes] = []
+        self._chunks: ChunkReader | None = None
+        self._parts = Parts()
         self._size = 0
-        self._out: list[bytes] = []
-        self._out_large = False
-        self.paused = False
-        self._deaf = False
-        self._eof = False
-        self._closing = False
-        self._linger_until = 0.0
+        # Whether the caller said that the open call is its last.
+        self._last = False
         self._farewell = False
-        self._since = self._loop.time()
+        # Of the head or body that comes, or of the last answer: when it began, when its last bytes came.
+        self._since = self._heard = self._loop.time()
 
     # asyncio.Protocol
 
@@ -240,15 +77,18 @@ class Http1Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the open call: nobody waits any more."""
         self._transport = None
-        turn, self._turn = self._turn, None
-        if turn is not None:
-            turn.gone()
-        self._drop_parts()
+        self._drop_turn()
+        self._buffer = b""
         self.server.closed(self)
 
     def eof_received(self) -> bool:
-        """The peer will send no more. An open call is one whose caller went away: nobody half-closes."""
-        return False
+        """The peer will send no more; return whether it is still answered.
+
+        Whether it only shut down its sending side, or closed the whole, cannot be seen. It is taken to
+        have gone away, so that its call is stopped, unless it said before that it sends no more.
+        """
+        turn = self.turn
+        return turn is not None and turn.ended and self._last and not self._closing
 
     def pause_writing(self) -> None:
         """The peer does not read."""
@@ -257,25 +97,36 @@ class Http1Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """The peer reads again."""
         self.paused = False
-        if self._turn is not None:
-            self._turn.wake()
+        if self.turn is not None:
+            self.turn.wake()
+        self.listen()
+        self._go_on()
 
     def data_received(self, data: bytes) -> None:
         """Take the next bytes."""
         if self._closing:
             return
+        self._heard = self._loop.time()
         if self._buffer:
             data = self._buffer + data
             self._buffer = b""
-        self._take(data)
+        elif self.turn is None:
+            self._since = self._heard
+        try:
+            self._take(data)
+        except Exception:
+            log.exception("an HTTP/1 connection failed")
+            self.abort()
 
     # Reading
 
     def _take(self, data: bytes) -> None:
         """Read heads and bodies; what follows the call that is being answered is kept."""
         while data:
-            turn = self._turn
+            turn = self.turn
             if turn is None:
+                if self.paused:
+                    break  # the answers before are not read yet
                 before = len(data)
                 data = self._begin(data)
                 if len(data) == before:
@@ -287,8 +138,15 @@ class Http1Connection(asyncio.Protocol):
             if self._closing:
                 return
         self._buffer = data
-        if len(data) > _AHEAD_BYTES and self._turn is not None and self._turn.ended:
+        if len(data) > _AHEAD_BYTES and (self.paused or self.turn is not None):
             self._hush()
+
+    def _go_on(self) -> None:
+        """Read what was kept."""
+        if self.turn is None and not self._closing and not self.paused and self._buffer:
+            data, self._buffer = self._buffer, b""
+            self._since = self._loop.time()
+            self._take(data)
 
     def _begin(self, data: bytes) -> bytes:
         """Read a head; return what follows it, or all if it is not whole."""
@@ -297,31 +155,22 @@ class Http1Connection(asyncio.Protocol):
             if data.startswith((b"\r", b"\n")):
                 return self._begin(data.lstrip(b"\r\n")) if data.strip(b"\r\n") else b""
             if len(data) > MAX_HEAD_BYTES:
-                self._refuse(431, f"The head has over {MAX_HEAD_BYTES} bytes.")
+                self.refuse(431, _TOO_LARGE)
             return data
         end += 4
         raw = data[:end]
         known = self.server.heads.get(raw)
         if known is None:
-            if end > MAX_HEAD_BYTES:
-                self._refuse(431, f"The head has over {MAX_HEAD_BYTES} bytes.")
+            known = self._read(raw)
+            if known is None:
                 return b""
-            try:
-                known = self._parse(raw)
-            except (h11.RemoteProtocolError, MalformedHead) as error:
-                self._refuse(getattr(error, "error_status_hint", 400), f"The request is malformed: {error}.")
-                return b""
-            if end <= _MAX_CACHED_HEAD:
-                self.server.remember(raw, known)
         head, keep, chunked = known
         rest = data[end:]
-        self._since = self._loop.time()
-        turn = self._turn = Turn(self, head, close_after=not keep or self._farewell)
+        self._since = self._heard
+        self._last = not keep
+        turn = self.turn = Turn(self, head, close_after=not keep or self._farewell)
         if chunked:
-            # h11 reads the head once more, to know how the body is framed.
-            self._chunks = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-            self._chunks.receive_data(raw)
-            self._chunks.next_event()
+            self._chunks = ChunkReader()
         self._missing = length = head.content_length or 0
         plan = head.plan
         if plan is None or chunked:
@@ -336,23 +185,45 @@ class Http1Connection(asyncio.Protocol):
             if not turn.answered:
                 turn.work = work
             return rest[length:]
-        if not rest and head.fields.get(b"expect", b"").lower() == b"100-continue":
-            self.write_parts([_CONTINUE], 0)
+        if head.expects and not rest and not turn.ended:
+            self.write(_CONTINUE)
         return rest
+
+    def _read(self, raw: bytes) -> tuple[Head, bool, bool] | None:
+        """Read a head that did not come before; None if it is refused."""
+        if len(raw) > MAX_HEAD_BYTES or raw.count(b"\n") > MAX_HEADERS + 2:
+            self.refuse(431, _TOO_LARGE)
+            return None
+        try:
+            known = self._parse(raw)
+        except (h11.RemoteProtocolError, MalformedHead) as error:
+            status = getattr(error, "error_status_hint", 400)
+            self.refuse(status, f"The request is malformed: {error}.")
+            return None
+        if not known[0].version.startswith("1."):
+            self.refuse(505, "Only HTTP/1.0, HTTP/1.1 and HTTP/2 are known here.", Reason.UNSUPPORTED)
+            return None
+        if len(raw) <= _MAX_CACHED_HEAD:
+            self.server.remember(raw, known)
+        return known
 
     def _parse(self, raw: bytes) -> tuple[Head, bool, bool]:
         """Return a head, whether the connection is kept after it, and whether its body comes in chunks."""
+        if _CROOKED.search(raw):
+            raise MalformedHead("a line does not end with CR LF, or goes on in the next")
         parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         parser.receive_data(raw)
         request = parser.next_event()
         if not isinstance(request, h11.Request):
             raise MalformedHead("it is no request")
         headers = [(bytes(name), bytes(value)) for name, value in request.headers]
-        target = bytes(request.target)
-        if target.startswith((b"http://", b"https://")):
-            target = b"/" + target.partition(b"://")[2].partition(b"/")[2]
         version = request.http_version.decode()
-        head = Head(bytes(request.method), target, headers, version)
+        if version > "1.1" and version.startswith("1."):
+            version = "1.1"
+        head = from_line(bytes(request.method), bytes(request.target), headers, version)
+        chunked = b"transfer-encoding" in head.fields
+        if chunked and (head.content_length is not None or version == "1.0"):
+            raise MalformedHead("how long the body is, is said twice, or in words of another version")
         tokens = {
             token.strip().lower()
             for name, value in headers
@@ -361,15 +232,17 @@ class Http1Connection(asyncio.Protocol):
         }
         keep = b"close" not in tokens and (version == "1.1" or b"keep-alive" in tokens)
         self.server.plan(head)
-        return head, keep, b"transfer-encoding" in head.fields
+        return head, keep, chunked
 
     def _body(self, turn: Turn, data: bytes) -> bytes:
         """Take a part of a body; return what follows it."""
-        rest = b""
         if self._chunks is not None:
-            chunk, rest, done = self._unchunk(self._chunks, data)
-            if chunk is None:
+            try:
+                chunk, rest = self._chunks.read(data)
+            except MalformedChunks as error:
+                self.refuse(400, f"The body is malformed: {error}.")
                 return b""
+            done = self._chunks.done
         else:
             chunk = data[: self._missing] if len(data) > self._missing else data
             rest = data[len(chunk) :]
@@ -387,7 +260,7 @@ class Http1Connection(asyncio.Protocol):
     def _feed(self, turn: Turn, exchange: Exchange, chunk: bytes, *, done: bool) -> None:
         turn.unread += len(chunk)
         if not self.server.hold(len(chunk)):
-            self._refuse(503, "The gateway holds as many bytes of unfinished requests as it may. Retry.")
+            self.refuse(503, _OVERFULL, Reason.OVERLOADED)
             return
         exchange.feed(chunk, end=done)
         if turn.unread > HIGH_WATER_BYTES:
@@ -398,172 +271,117 @@ class Http1Connection(asyncio.Protocol):
         plan = turn.head.plan
         if plan is None:
             return
-        self._parts.append(chunk)
+        self._parts.add(chunk)
         self._size += len(chunk)
         if not self.server.hold(len(chunk)):
-            error = ResourceExhausted(
-                "The gateway holds as many bytes of unfinished requests as it may. Retry.",
-                reason=Reason.OVERLOADED,
-                retry_after_seconds=1.0,
-            )
             self._drop_parts()
+            error = ResourceExhausted(_OVERFULL, reason=Reason.OVERLOADED, retry_after_seconds=1.0)
             plan.refuse(turn, error)
         elif done:
-            body = b"".join(self._parts)
+            body = self._parts.join()
             self._drop_parts()
             work = plan.run(turn, body)
             if not turn.answered:
                 turn.work = work
 
-    def _unchunk(self, parser: h11.Connection, data: bytes) -> tuple[bytes | None, bytes, bool]:
-        """Return the data of chunks, what follows the last of them, and whether that has come."""
-        parts: list[bytes] = []
-        try:
-            parser.receive_data(data)
-            while True:
-                event = parser.next_event()
-                if isinstance(event, h11.Data):
-                    parts.append(bytes(event.data))
-                elif isinstance(event, h11.EndOfMessage):
-                    return b"".join(parts), parser.trailing_data[0], True
-                else:
-                    return b"".join(parts), b"", False
-        except h11.RemoteProtocolError as error:
-            self._refuse(400, f"The body is malformed: {error}.")
-            return None, b"", False
-
     def _drop_parts(self) -> None:
         if self._size:
             self.server.release(self._size)
-        self._parts = []
-        self._size = 0
+            self._size = 0
+            self._parts = Parts()
 
-    def _hush(self) -> None:
-        if not self._deaf and self._transport is not None:
-            self._deaf = True
-            self._transport.pause_reading()
+    def _drop_turn(self) -> None:
+        turn, self.turn = self.turn, None
+        self._chunks = None
+        self._drop_parts()
+        if turn is not None:
+            turn.gone()
 
     def listen(self) -> None:
         """Read again, if what was read has been taken."""
-        turn = self._turn
-        if self._deaf and self._transport is not None and (turn is None or turn.unread <= HIGH_WATER_BYTES):
-            self._deaf = False
-            self._transport.resume_reading()
-
-    # Writing
-
-    def write_parts(self, parts: list[bytes], size: int) -> None:
-        """Write at the end of this tick; `size` is that of the largest part, if it may be large."""
-        out = self._out
-        if not out:
-            self._loop.call_soon(self._flush)
-        out += parts
-        if size > HIGH_WATER_BYTES // 2:
-            self._out_large = True
-
-    def _flush(self) -> None:
-        out, self._out = self._out, []
-        transport = self._transport
-        if transport is None or not out:
-            return
-        if self._out_large:
-            self._out_large = False
-            transport.writelines(out)
-        else:
-            transport.write(b"".join(out))
-        if self._closing:
-            self._end()
-
-    def _end(self) -> None:
-        """Close; where the peer may still be sending, first let it read why."""
-        transport = self._transport
-        if transport is None:
-            return
-        if self._linger_until and transport.can_write_eof():
-            transport.write_eof()
-        else:
-            transport.close()
+        turn = self.turn
+        if self._deaf and (turn is None or turn.unread <= HIGH_WATER_BYTES):
+            self._hear()
 
     # Ends
 
     def finish(self, turn: Turn) -> None:
         """Go on to the next call, or close."""
-        if turn is not self._turn:
+        if turn is not self.turn:
             return
         turn.close()
+        self.turn = None
         self._since = self._loop.time()
         if turn.close_after or not turn.ended:
-            self._closing = True
-            self._turn = None
-            if not turn.ended:
-                self._linger()
-            if not self._out:
-                self._end()
+            self._drop_parts()
+            self._finish_writing()
             return
-        self._turn = None
-        self.listen()
-        if self._buffer:
-            self._loop.call_soon(self._go_on)
+        if not self.paused:
+            self.listen()
+            if self._buffer:
+                self._loop.call_soon(self._go_on)
 
-    def _go_on(self) -> None:
-        if self._turn is None and not self._closing and self._buffer:
-            data, self._buffer = self._buffer, b""
-            self._take(data)
-
-    def _refuse(self, status: int, words: str) -> None:
-        """Answer what is no proper request, and close."""
-        turn, self._turn = self._turn, None
-        if turn is not None and not turn.answered:
-            turn.gone()
-        body = self.server.error_body(words)
+    def refuse(self, status: int, words: str, reason: Reason = Reason.MALFORMED_BODY) -> None:
+        """Answer what is no proper request, or cannot be served, and close."""
+        if self._closing:
+            return
+        started = self.turn is not None and self.turn.started
+        self._drop_turn()
+        if started:
+            self.abort()  # another answer would be taken for a part of the first
+            return
+        body = self.server.error_body(words, reason)
         self.write_parts(
             [
-                b"HTTP/1.1 %d %b\r\n%b" % (status, _PHRASES.get(status, b"Unknown"), self.server.date),
+                b"HTTP/1.1 %d %b\r\n%b" % (status, PHRASES.get(status, b"Unknown"), self.server.date),
                 b"connection: close\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
                 % len(body),
                 body,
             ],
             0,
         )
-        self._closing = True
-        self._linger()
-
-    def _linger(self) -> None:
-        """Read on for a moment after the last answer: closed now, the socket would take it back."""
-        self._linger_until = self._loop.time() + LINGER_SECONDS
-        self.listen()
+        self._finish_writing()
 
     def farewell(self) -> None:
         """Let each answer from now on be the connection's last."""
         self._farewell = True
-        if self._turn is not None:
-            self._turn.close_after = True
+        if self.turn is not None:
+            self.turn.close_after = True
 
     def close(self) -> None:
         """End when the open call is answered."""
         self.farewell()
-        if self._turn is None and self._transport is not None and not self._out:
+        if self.turn is None and self._transport is not None and not self._closing:
+            self._flush()
+            self._closing = True
+            self._linger_until = self._loop.time()
             self._transport.close()
 
-    def abort(self) -> None:
-        """End now."""
-        if self._transport is not None:
-            self._transport.abort()
+    @property
+    def idle_since(self) -> float | None:
+        """Time of the loop when the last answer ended; None if a call is open, or begins."""
+        return None if self.turn is not None or self._buffer or self._closing else self._since
 
     def tick(self, now: float) -> None:
         """Look after time; called each quarter of a second."""
-        turn = self._turn
-        if self._linger_until:
-            if now > self._linger_until:
-                self.abort()
-        elif turn is None:
-            if not self._closing and now - self._since > (HEAD_SECONDS if self._buffer else IDLE_SECONDS):
-                if self._buffer:
-                    self._refuse(408, "The head of the request did not come in time.")
-                elif self._transport is not None:
-                    self._transport.close()
-        elif turn.exchange is None and not turn.ended and not turn.answered:
+        self._look_at_socket(now)
+        turn = self.turn
+        if self._closing:
+            return
+        if turn is None:
+            if self._buffer and not self.paused:
+                if now - self._since > HEAD_SECONDS:
+                    self.refuse(
+                        408, "The head of the request did not come in time.", Reason.DEADLINE_EXCEEDED
+                    )
+            elif now - self._since > IDLE_SECONDS:
+                self.close()
+        elif turn.ended or turn.answered:
+            return
+        elif turn.exchange is None:
             plan = turn.head.plan
             if plan is not None and now - self._since > plan.timeout:
                 self._drop_parts()
                 plan.refuse(turn, DeadlineExceeded("The deadline passed before the request had come whole."))
+        elif not self._deaf and now - self._heard > BODY_SECONDS:
+            self.refuse(408, "The rest of the request's body did not come.", Reason.DEADLINE_EXCEEDED)

@@ -6,6 +6,7 @@ import asyncio
 import email.utils
 import json
 import logging
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -17,11 +18,17 @@ from penstock_gateway.hotpath.http.head import Head
 from penstock_gateway.hotpath.http.http1 import Http1Connection
 from penstock_gateway.hotpath.http.http2 import Http2Connection
 from penstock_gateway.hotpath.http.ports import Application, ClientGone, Plan
+from penstock_kit.errors import Reason
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 MAX_CONNECTIONS = 8192
+# Files that are left for all but connections, where the process may not open many.
+SPARE_FILES = 256
+# When nearly as many connections are open as may be, those without a call are closed to make room.
+CROWDED = 0.9
+CROWDED_IDLE_SECONDS = 5.0
 TICK_SECONDS = 0.25
 FIRST_BYTES_SECONDS = 10.0
 _MAX_HEADS = 1024
@@ -36,7 +43,8 @@ class HttpServer:
     Args:
         application: ASGI; serves every call without a plan.
         plan_for: Says how calls with a head are served without a task; None if they are not.
-        max_body_bytes: Bytes of unfinished request bodies held at most, over all connections.
+        max_body_bytes: Bytes of unfinished request bodies held at most, over all connections; and of
+            answers that wait for callers who do not read, looked at each quarter of a second.
 
     Attributes:
         heads: HTTP/1 heads by their bytes, with whether the connection is kept and whether chunks follow.
@@ -56,6 +64,9 @@ class HttpServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: asyncio.Server | None = None
         self._ticker: asyncio.TimerHandle | None = None
+        self._max_connections = MAX_CONNECTIONS
+        self._turned_away = 0
+        self._refusing = False
         self.date = b""
         self._date_second = 0
 
@@ -76,6 +87,7 @@ class HttpServer:
 
     async def start(self, listener: socket.socket) -> None:
         """Accept connections on a bound socket, which is closed in the end."""
+        self._max_connections = _allow_connections()
         self._listener = await asyncio.get_running_loop().create_server(
             lambda: Door(self), sock=listener, backlog=BACKLOG
         )
@@ -85,6 +97,7 @@ class HttpServer:
         """Close the listening socket, and ask callers to go elsewhere with their next calls."""
         if self._listener is not None:
             self._listener.close()
+        self._refusing = True
         for connection in self._connections:
             connection.farewell()
 
@@ -96,7 +109,9 @@ class HttpServer:
             self._listener.close()
         for connection in list(self._connections):
             connection.close()
-        while self._connections and loop.time() < end:  # noqa: ASYNC110 - connections end for many reasons
+        while loop.time() < end:
+            if all(connection.settled for connection in self._connections):
+                break
             await asyncio.sleep(_LOOK_SECONDS)
         for connection in list(self._connections):
             connection.abort()
@@ -108,12 +123,15 @@ class HttpServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # the transports tell their connections in the next round of the loop
 
     # For connections
 
     def opened(self, connection: Connection) -> None:
         """Count a connection."""
         self._connections.add(connection)
+        if self._refusing:
+            connection.farewell()
 
     def closed(self, connection: Connection) -> None:
         """Forget a connection."""
@@ -121,7 +139,10 @@ class HttpServer:
 
     def plan(self, head: Head) -> None:
         """Fill in how calls with a head are served."""
-        head.plan = self._plan_for(head)
+        try:
+            head.plan = self._plan_for(head)
+        except Exception:
+            log.exception("no plan could be made for %s %s", head.method, head.path)
 
     def remember(self, raw: bytes, known: tuple[Head, bool, bool]) -> None:
         """Keep an HTTP/1 head for the next call that begins with the same bytes."""
@@ -138,11 +159,13 @@ class HttpServer:
         """Count bytes that are no longer held."""
         self._held -= size
 
-    def run(self, exchange: Exchange) -> None:
-        """Serve a call as ASGI."""
+    def run(self, exchange: Exchange, done: Callable[[asyncio.Task[None]], None] | None = None) -> None:
+        """Serve a call as ASGI; `done` is called when the application has ended."""
         task = asyncio.get_running_loop().create_task(self._serve(exchange))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        if done is not None:
+            task.add_done_callback(done)
 
     async def _serve(self, exchange: Exchange) -> None:
         try:
@@ -154,16 +177,16 @@ class HttpServer:
         finally:
             exchange.abandon()
 
-    def error_body(self, words: str) -> bytes:
+    def error_body(self, words: str, reason: Reason) -> bytes:
         """Return the body of an answer to what is no proper request."""
-        return json.dumps({"error": words, "reason": "MALFORMED_BODY"}).encode()
+        return json.dumps({"error": words, "reason": reason.name}).encode()
 
     # For doors
 
     def knocked(self, door: Door) -> bool:
         """Count a connection that has said nothing; False if there are too many."""
-        if self.connections >= MAX_CONNECTIONS:
-            log.warning("a connection is refused: %d are open", MAX_CONNECTIONS)
+        if self.connections >= self._max_connections:
+            self._turned_away += 1
             return False
         self._doors.add(door)
         return True
@@ -186,6 +209,51 @@ class HttpServer:
         for door in list(self._doors):
             if now - door.since > FIRST_BYTES_SECONDS:
                 door.abort()
+        self._make_room(now)
+        if self._turned_away:
+            log.warning(
+                "connections were refused: as many are open as may be",
+                extra={"refused": self._turned_away, "open": self.connections},
+            )
+            self._turned_away = 0
+
+    def _make_room(self, now: float) -> None:
+        """Give up connections that cost more than there is."""
+        if sum(connection.unsent for connection in self._connections) > self._max_body_bytes:
+            # Those who take nothing come first, then those who have most to take.
+            waiting = sorted(
+                (connection for connection in self._connections if connection.unsent),
+                key=lambda connection: (now - connection.moved < TICK_SECONDS, -connection.unsent),
+            )
+            total = sum(connection.unsent for connection in waiting)
+            for connection in waiting:
+                if total <= self._max_body_bytes:
+                    break
+                log.warning(
+                    "a connection is ended: its caller leaves too much unread",
+                    extra={"bytes": connection.unsent},
+                )
+                total -= connection.unsent
+                connection.abort()
+        if self.connections > self._max_connections * CROWDED:
+            for connection in list(self._connections):
+                idle_since = connection.idle_since
+                if idle_since is not None and now - idle_since > CROWDED_IDLE_SECONDS:
+                    connection.close()
+
+
+def _allow_connections() -> int:
+    """Let the process open as many files as its user may; return how many connections that allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return (
+        MAX_CONNECTIONS
+        if soft == resource.RLIM_INFINITY
+        else min(MAX_CONNECTIONS, max(soft - SPARE_FILES, soft // 2))
+    )
 
 
 class Door(asyncio.Protocol):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from penstock_gateway.hotpath.http import frames, hpack
 from penstock_gateway.hotpath.http.exchange import Exchange
 from penstock_gateway.hotpath.http.head import Head
+from penstock_gateway.hotpath.http.parts import Parts
 from penstock_gateway.hotpath.http.ports import ClientGone, Headers
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Stream:
         started: Time of the loop at which the head came.
         exchange: Set if it is served as ASGI.
         work: What the plan's `run` returned; None before that.
-        parts: Of a body for a plan that has not all come.
+        parts: Of a body for a plan that has not all come; None before it came.
         held: Bytes of the body that are kept here.
         ended: Whether the whole request has come.
         answered: Whether the whole answer was given to us; its end may still wait for the caller's window.
@@ -37,9 +38,12 @@ class Stream:
         allowed: Bytes that the caller may still send on this stream.
         credit: Bytes that came since the caller was last allowed more.
         pending_bytes: Of the answer, waiting for the caller's window.
+        moved: Time of the loop when the caller last took something of them.
+        fed: Bytes of the body that went to the exchange.
     """
 
     __slots__ = (
+        "_bodiless",
         "_connection",
         "_end",
         "_pending",
@@ -50,9 +54,11 @@ class Stream:
         "credit",
         "ended",
         "exchange",
+        "fed",
         "head",
         "held",
         "id",
+        "moved",
         "parts",
         "pending_bytes",
         "started",
@@ -74,15 +80,15 @@ class Stream:
         self._connection = connection
         self.id = number
         self.head = head
-        self.started = started
+        self.started = self.moved = started
         self.window = window
         self.allowed = allowed
         self.ended = ended
-        self.answered = self._end = False
+        self.answered = self._end = self._bodiless = False
         self.exchange: Exchange | None = None
         self.work: Any = None
-        self.parts: list[bytes] | None = None
-        self.held = self.credit = self.pending_bytes = 0
+        self.parts: Parts | None = None
+        self.held = self.fed = self.credit = self.pending_bytes = 0
         self._pending: deque[memoryview] | None = None
         self._tail = b""
         self._room: asyncio.Future[None] | None = None
@@ -96,7 +102,12 @@ class Stream:
         connection = self._connection
         size = len(payload) + 5
         number = self.id
-        if size > connection.window or size > self.window or size > connection.frame_limit:
+        if (
+            size > connection.window
+            or size > self.window
+            or size > connection.frame_limit
+            or connection.paused
+        ):
             body = b"\x00" + (size - 5).to_bytes(4, "big") + payload
             self._answer(hpack.GRPC_HEAD, body, hpack.GRPC_OK)
             return
@@ -136,6 +147,8 @@ class Stream:
         if self.answered:
             return
         self.answered = self._end = True
+        if self.held:
+            self.close()  # of a body that was refused
         self._connection.write_block(self.id, block, end=not body and not tail)
         if body:
             self._tail = tail
@@ -152,6 +165,7 @@ class Stream:
         if self.answered:
             return
         self._connection.write_block(self.id, hpack.status(status) + hpack.block(headers), end=end)
+        self._bodiless = self.head.method == "HEAD" or status in (204, 304)
         if end:
             self.answered = self._end = True
             self._connection.finish(self)
@@ -161,7 +175,11 @@ class Stream:
         if self.answered:
             return
         self.answered = self._end = end
-        self._keep(data)
+        if data and not self._bodiless:
+            self._keep(data)
+        elif end and not self._pending:
+            self._connection.write(frames.frame(frames.DATA, frames.END_STREAM, self.id))
+            self._connection.finish(self)
 
     def send_trailers(self, headers: Headers) -> None:
         """Send trailers behind what is kept."""
@@ -183,7 +201,8 @@ class Stream:
             if self.exchange is None:
                 raise ClientGone
             self._room = asyncio.get_running_loop().create_future()
-            self._connection.wait_for_room(self)
+            if self._connection.paused:
+                self._connection.wait_for_room(self)
             await self._room
 
     def taken(self, size: int) -> None:
@@ -207,30 +226,33 @@ class Stream:
             self.credit = 0
 
     def _keep(self, data: bytes) -> None:
-        if self._pending is None:
-            self._pending = deque()
-        self._pending.append(memoryview(data))
+        pending = self._pending
+        if pending is None:
+            pending = self._pending = deque()
+        if not pending:
+            self.moved = self._connection.now
+        pending.append(memoryview(data))
         self.pending_bytes += len(data)
         self._connection.offer(self)
 
     def pump(self, limit: int) -> int:
-        """Write one frame of at most `limit` bytes of what is kept; return its length, −1 if none can go."""
+        """Write one frame of at most `limit` bytes of what is kept; return its length, 0 if none can go."""
         pending = self._pending
-        if not pending:
-            return -1
+        size = min(limit, self.window)
+        if not pending or size <= 0:
+            return 0
         first = pending[0]
-        size = min(len(first), limit, self.window)
-        if size <= 0 and len(first):
-            return -1
-        if size == len(first):
+        if size >= len(first):
+            size = len(first)
             pending.popleft()
         else:
             pending[0] = first[size:]
         self.pending_bytes -= size
         self.window -= size
+        connection = self._connection
+        self.moved = connection.now
         last = self._end and not pending
         flags = frames.END_STREAM if last and not self._tail else 0
-        connection = self._connection
         connection.write_parts(
             (_PACK(size >> 8, size & 0xFF, frames.DATA, flags, self.id), first[:size]), size
         )
@@ -238,6 +260,8 @@ class Stream:
             if self._tail:
                 connection.write_block(self.id, self._tail, end=True)
             connection.finish(self)
+        elif self._room is not None and self.pending_bytes <= HIGH_WATER_BYTES:
+            self.wake()
         return size
 
     @property
