@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from penstock.ensemble_messages import steps_from_proto
 from penstock.ensembles import stages
 from penstock.names import parse_version, short
-from penstock.packaging.ensemble_signature import steps_of
 from penstock.packaging.specs import format_spec
 from penstock.registry.v1 import manifest_pb2, model_pb2, version_pb2
 from penstock.scheduler.v1 import deployment_pb2, node_pb2, replica_pb2
@@ -86,7 +86,7 @@ def show_version(version: version_pb2.Version) -> None:
 def print_graph(manifest: manifest_pb2.Manifest) -> None:
     """Print the graph of an ensemble: what runs after what, and which tensors go where."""
     rows: list[tuple[object, ...]] = []
-    for number, stage in enumerate(stages(steps_of(manifest)), start=1):
+    for number, stage in enumerate(stages(steps_from_proto(manifest.ensemble)), start=1):
         for place, step in enumerate(stage):
             rows.append(
                 (

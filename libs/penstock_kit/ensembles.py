@@ -1,9 +1,9 @@
-"""Ensembles as services see them: `penstock.ensembles`, and the way from and to messages."""
+"""Ensembles as services see them: `penstock.ensembles` and what belongs to it, in one place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+from penstock.ensemble_messages import model_type, steps_from_proto, steps_to_proto
+from penstock.ensemble_types import ModelType, TensorType, tensor_types
 from penstock.ensembles import (
     MAX_DEPTH,
     MAX_STEPS,
@@ -13,41 +13,19 @@ from penstock.ensembles import (
     split_reference,
     stages,
 )
-from penstock.registry.v1 import manifest_pb2
 
 __all__ = [
     "MAX_DEPTH",
     "MAX_STEPS",
+    "ModelType",
     "Step",
+    "TensorType",
     "check_graph",
+    "model_type",
     "needed",
     "split_reference",
     "stages",
     "steps_from_proto",
     "steps_to_proto",
+    "tensor_types",
 ]
-
-
-def steps_from_proto(message: manifest_pb2.Ensemble) -> tuple[Step, ...]:
-    """Return the steps of a message; one without a name is called like its deployment."""
-    return tuple(
-        Step(
-            step.name or step.model.partition("@")[0].partition(":")[0],
-            step.model,
-            dict(step.inputs),
-            dict(step.outputs),
-        )
-        for step in message.steps
-    )
-
-
-def steps_to_proto(steps: Iterable[Step]) -> manifest_pb2.Ensemble:
-    """Return the message of steps."""
-    return manifest_pb2.Ensemble(
-        steps=[
-            manifest_pb2.EnsembleStep(
-                name=step.name, model=step.model, inputs=step.inputs, outputs=step.outputs
-            )
-            for step in steps
-        ]
-    )

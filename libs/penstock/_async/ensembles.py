@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from penstock._async.models import AsyncModels
+from penstock.ensemble_messages import model_type, steps_from_proto
 from penstock.ensemble_types import ModelType
 from penstock.ensembles import Step
 from penstock.errors import NotFound
 from penstock.names import parse_version, resource
 from penstock.packaging.bundle import Bundle
-from penstock.packaging.ensemble_signature import completed, model_type, steps_of
+from penstock.packaging.ensemble_signature import completed
 from penstock.scheduler.v1 import deployment_pb2
 from penstock.scheduler.v1 import scheduler_service_pb2 as scheduler
 
@@ -26,7 +27,7 @@ class AsyncEnsembles(AsyncModels):
         if not bundle.manifest.ensemble.steps:
             return bundle
         models = {}
-        for step in steps_of(bundle.manifest):
+        for step in steps_from_proto(bundle.manifest.ensemble):
             found = await self._model_of(step)
             if found is not None:
                 models[step.name] = found

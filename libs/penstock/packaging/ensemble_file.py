@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from penstock.common.v1 import tensor_pb2
+from penstock.ensemble_messages import steps_to_proto
 from penstock.ensembles import Step, check_graph, free_inputs, free_outputs, nearest
 from penstock.errors import InvalidArgument, Reason
 from penstock.packaging.bundle import local_files
@@ -72,7 +73,7 @@ def inspect(path: Path, given: tensor_pb2.Signature) -> Draft:
     manifest.runtime = manifest.format = RUNTIME
     manifest.entrypoint = path.name
     manifest.signature.CopyFrom(signature)
-    manifest.ensemble.CopyFrom(ensemble_message(steps))
+    manifest.ensemble.CopyFrom(steps_to_proto(steps))
     return draft_of(manifest, steps, path)
 
 
@@ -93,18 +94,6 @@ def draft_of(manifest: manifest_pb2.Manifest, steps: tuple[Step, ...], path: Pat
         local_files(path.parent, [path]),
         missing=f"{path.name} has no tensors that could be its inputs or outputs.",
         notes=list(remarks),
-    )
-
-
-def ensemble_message(steps: tuple[Step, ...]) -> manifest_pb2.Ensemble:
-    """Return the message of steps."""
-    return manifest_pb2.Ensemble(
-        steps=[
-            manifest_pb2.EnsembleStep(
-                name=step.name, model=step.model, inputs=step.inputs, outputs=step.outputs
-            )
-            for step in steps
-        ]
     )
 
 

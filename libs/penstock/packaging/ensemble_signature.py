@@ -6,30 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from penstock.common.v1 import tensor_pb2
+from penstock.ensemble_messages import steps_from_proto, tensor_type
 from penstock.ensemble_types import ModelType, TensorType, tensor_types
 from penstock.ensembles import Step
 from penstock.errors import InvalidArgument, Reason
 from penstock.packaging.bundle import Bundle
 from penstock.packaging.draft import DEFAULT_BATCH_SIZE
-from penstock.packaging.specs import data_type, datatype_name, format_spec
+from penstock.packaging.specs import data_type, format_spec
 from penstock.registry.v1 import manifest_pb2
-
-
-def steps_of(manifest: manifest_pb2.Manifest) -> tuple[Step, ...]:
-    """Return the steps of a manifest."""
-    return tuple(
-        Step(step.name, step.model, dict(step.inputs), dict(step.outputs)) for step in manifest.ensemble.steps
-    )
-
-
-def model_type(manifest: manifest_pb2.Manifest, words: str) -> ModelType:
-    """Return what the model of a manifest takes and gives."""
-    return ModelType(
-        {spec.name: _type(spec) for spec in manifest.signature.inputs},
-        {spec.name: _type(spec) for spec in manifest.signature.outputs},
-        manifest.batching.max_batch_size,
-        words,
-    )
 
 
 def completed(bundle: Bundle, models: Mapping[str, ModelType]) -> Bundle:
@@ -45,13 +29,13 @@ def completed(bundle: Bundle, models: Mapping[str, ModelType]) -> Bundle:
     """
     manifest = manifest_pb2.Manifest()
     manifest.CopyFrom(bundle.manifest)
-    steps = steps_of(manifest)
+    steps = steps_from_proto(manifest.ensemble)
     signature = manifest.signature
     types = tensor_types(
         steps,
         models,
-        {spec.name: _type(spec) for spec in signature.inputs},
-        {spec.name: _type(spec) for spec in signature.outputs},
+        {spec.name: tensor_type(spec) for spec in signature.inputs},
+        {spec.name: tensor_type(spec) for spec in signature.outputs},
     )
     unknown = [step for step in steps if step.name not in models]
     for spec in (*signature.inputs, *signature.outputs):
@@ -66,12 +50,6 @@ def completed(bundle: Bundle, models: Mapping[str, ModelType]) -> Bundle:
     _check_batch(manifest)
     notes = [f"Step {step.name} was not checked: {step.model} is not deployed yet." for step in unknown]
     return replace(bundle, manifest=manifest, notes=(*bundle.notes, *notes))
-
-
-def _type(spec: tensor_pb2.TensorSpec) -> TensorType:
-    if not spec.data_type:
-        return TensorType(shape=tuple(spec.shape) or None, optional=spec.optional)
-    return TensorType(datatype_name(spec.data_type), tuple(spec.shape), spec.optional, tuple(spec.labels))
 
 
 def _fill(spec: tensor_pb2.TensorSpec, kind: TensorType, unknown: Iterable[Step]) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 from google.protobuf import text_format
 
 from penstock.common.v1 import tensor_pb2
+from penstock.ensemble_messages import steps_to_proto
 from penstock.ensembles import Step
 from penstock.errors import InvalidArgument, Reason
 from penstock.oip.v2 import inference_pb2 as oip
 from penstock.packaging import onnx_model, torch_export, torchscript
 from penstock.packaging.bundle import local_files
 from penstock.packaging.draft import Draft, unreadable
-from penstock.packaging.ensemble_file import RUNTIME, draft_of, ensemble_message
+from penstock.packaging.ensemble_file import RUNTIME, draft_of
 from penstock.packaging.files import files_below
 from penstock.packaging.specs import spec
 from penstock.registry.v1 import manifest_pb2
@@ -112,7 +113,7 @@ def _ensemble(path: Path, config: oip.ModelConfig, given: tensor_pb2.Signature) 
     if not given.outputs:
         manifest.signature.outputs.extend(_spec(tensor, batches=batches) for tensor in config.output)
     manifest.batching.max_batch_size = config.max_batch_size
-    manifest.ensemble.CopyFrom(ensemble_message(tuple(steps)))
+    manifest.ensemble.CopyFrom(steps_to_proto(steps))
     draft = draft_of(manifest, tuple(steps), path / CONFIG)
     draft.name = config.name or path.name
     return draft
