@@ -20,6 +20,9 @@ from penstock_kit.queue.messages import Request
 from penstock_worker.domain.runtime import Batch, Servable
 
 _MESSAGE_LENGTH = 2000
+# A request with less time left than this part of what a call usually takes is not computed. Calls differ,
+# and one without it is a little faster.
+_HOPELESS = 0.75
 # Not all of BaseException: a signal may end the replica while a model warms up. SIGINT is ignored there.
 _RAISED_BY_MODELS = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
 
@@ -102,19 +105,36 @@ class Executor:
             return tuple(inputs)
         return tuple([(name, array.shape[1:]) for name, array in inputs.items()])
 
-    def run(self, batch: Sequence[Work]) -> list[Outcome]:
+    def run(self, batch: Sequence[Work], seconds: float = 0.0) -> list[Outcome]:
         """Compute requests of one key; those past their deadline are dropped first.
 
         Never raises for what the model does: each request has its own outcome, in the order given.
+
+        Args:
+            batch: The requests.
+            seconds: How long a call with them is likely to take; 0 if unknown. Those that cannot be
+                answered in time then are dropped too, unless that leaves nobody: how long it takes now is
+                found out only by calling the model.
         """
         start = time.time_ns()
         outcomes: list[Outcome] = []
         alive: list[Work] = []
+        now = start // 1000
         for work in batch:
-            if work.request.header.deadline_unix_micros <= start // 1000:
+            if work.request.header.deadline_unix_micros <= now:
                 outcomes.append(expired(work.request, work.started_ns))
             else:
                 alive.append(work)
+        if seconds and len(alive) > 1:
+            answered = now + int(seconds * _HOPELESS * 1e6)
+            hopeful = [work for work in alive if work.request.header.deadline_unix_micros > answered]
+            if hopeful:
+                outcomes += [
+                    expired(work.request, work.started_ns)
+                    for work in alive
+                    if work.request.header.deadline_unix_micros <= answered
+                ]
+                alive = hopeful
         if alive:
             outcomes += self._run(alive, start)
         return outcomes
@@ -250,6 +270,14 @@ def expired(request: Request, started_ns: int) -> Outcome:
         "The deadline passed while the request was queued; allow more time, or add replicas."
     )
     return Outcome(request, None, error, started_ns)
+
+
+def late(work: Work) -> Outcome:
+    """Return the outcome of a request whose deadline would pass while it is computed."""
+    error = DeadlineExceeded(
+        "The deadline would pass before the answer is computed; allow more time, or add replicas."
+    )
+    return Outcome(work.request, None, error, work.started_ns)
 
 
 def _pad(arrays: Sequence[Array]) -> Array:
