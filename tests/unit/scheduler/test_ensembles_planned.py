@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from penstock_kit.ensembles import Step
+from penstock_kit.ensembles import ModelType, Step, TensorType
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState, Spec, Target
 from penstock_scheduler.domain.node import Node, NodeState, Report
 from penstock_scheduler.domain.planner import Snapshot, plan
@@ -165,6 +165,30 @@ def test_ensembles_of_ensembles_are_ready_to_a_depth() -> None:
     cluster.settle()
     assert [cluster.ready(name) for name in names] == [True, True, True, True, True, False]
     assert "It nests 5 ensembles; at most 4 are run." in cluster.state("e5")[1]
+
+
+def test_an_ensemble_that_does_not_fit_its_steps_is_not_ready_and_says_why() -> None:
+    def typed(version: Version, takes: str, gives: str) -> Version:
+        names = ("a", "t1") if version.steps else ("x", "y")
+        kinds = (TensorType(takes, (-1,)), TensorType(gives, (-1,)))
+        kind = ModelType({names[0]: kinds[0]}, {names[1]: kinds[1]}, 8, str(version.key))
+        return replace(version, kind=kind)
+
+    steps = (Step("s0", "one", {"x": "a"}, {"y": "t0"}), Step("s1", "two", {"x": "t0"}, {"y": "t1"}))
+    both = typed(replace(model("both"), steps=steps), "FP32", "FP32")
+    versions = [typed(model("one"), "FP32", "FP32"), typed(model("two"), "FP32", "FP32"), both]
+    cluster = Cluster(versions, [deployed("one"), deployed("two"), deployed("both")])
+    cluster.settle()
+    assert cluster.ready("both")
+    known = {**cluster.snapshot.versions, VersionKey("two", 2): typed(model("two", 2), "FP64", "FP32")}
+    cluster.snapshot = replace(cluster.snapshot, versions=known)
+    old = cluster.snapshot.deployments["two"]
+    cluster.add(old.ask(replace(old.asked, targets=(Target("two", 100, 2),)), NOW, "ann"))
+    cluster.settle()
+    assert not cluster.ready("both")
+    assert cluster.state("both")[1].endswith(
+        "Tensor 't0', the output y of step s0, does not fit step s1 as its input x: it is FP32, not FP64."
+    )
 
 
 def test_who_calls_a_deployment_is_known() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penstock.registry.v1 import version_pb2
-from penstock_kit.ensembles import steps_from_proto
+from penstock_kit.ensembles import model_type, steps_from_proto
 from penstock_scheduler.domain.resources import Batching, Resources
 from penstock_scheduler.domain.version import Version, VersionKey
 
@@ -17,8 +17,9 @@ def version_from_message(message: version_pb2.Version) -> Version:
     # These change after READY; a copy would grow stale.
     for field in ("labels", "aliases", "etag", "update_time", "state"):
         kept.ClearField(field)
+    key = VersionKey(model, message.number or int(number))
     return Version(
-        key=VersionKey(model, message.number or int(number)),
+        key=key,
         digest=message.digest,
         runtime=manifest.runtime,
         size_bytes=message.size_bytes,
@@ -34,6 +35,7 @@ def version_from_message(message: version_pb2.Version) -> Version:
             pad_variable_dimensions=manifest.batching.pad_variable_dimensions,
         ),
         steps=steps_from_proto(manifest.ensemble),
+        kind=model_type(manifest, f"{key.model}:{key.number}"),
         document=kept.SerializeToString(deterministic=True),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from penstock_kit.ensembles import Step
+from penstock_kit.ensembles import ModelType, Step
 from penstock_scheduler.domain.resources import NO_BATCHING, NO_RESOURCES, Batching, Resources
 
 
@@ -34,6 +34,7 @@ class Version:
         resources: needs stated by its manifest; 0 where it states none.
         batching: how its manifest wants requests joined.
         steps: the deployments that it calls, if it is an ensemble.
+        kind: what it takes and gives; None if unknown.
         document: the registry's message, serialized; opaque to the domain.
     """
 
@@ -44,4 +45,5 @@ class Version:
     resources: Resources = NO_RESOURCES
     batching: Batching = NO_BATCHING
     steps: tuple[Step, ...] = ()
+    kind: ModelType | None = None
     document: bytes = field(default=b"", repr=False)

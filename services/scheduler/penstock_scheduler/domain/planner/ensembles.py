@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from penstock_kit.ensembles import MAX_DEPTH, Step
+from penstock_kit.ensembles import MAX_DEPTH, ModelType, Step, tensor_types
+from penstock_kit.errors import FailedPrecondition
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
 from penstock_scheduler.domain.planner.snapshot import Snapshot
 from penstock_scheduler.domain.replica import Replica, ReplicaState
@@ -88,10 +89,27 @@ class _Survey:
             words = next(filter(None, (self._step(key, step, way) for step in steps)), "")
             if not words and self._depths[key] > MAX_DEPTH:
                 words = f"It nests {self._depths[key]} ensembles; at most {MAX_DEPTH} are run."
+            words = words or self._misfit(served.version)
             if len(way) > 1 and words:
                 return words  # seen from another's way: a circle there says nothing about this one alone
             self._found[key] = words
         return self._found[key]
+
+    def _misfit(self, version: Version) -> str:
+        """Return why an ensemble does not fit what most of its calls reach now; empty if it does."""
+        if version.kind is None or not version.steps:
+            return ""
+        models: dict[str, ModelType] = {}
+        for step in version.steps:
+            chosen = [one for one in _chosen(step.selector, self._served[step.deployment]) if one.ready]
+            kind = max(chosen, key=lambda one: one.weight).version.kind
+            if kind is not None:
+                models[step.name] = kind
+        try:
+            tensor_types(version.steps, models, version.kind.inputs, version.kind.outputs)
+        except FailedPrecondition as error:
+            return error.message
+        return ""
 
     def _step(self, caller: tuple[str, VersionKey], step: Step, way: tuple[str, ...]) -> str:
         name = step.deployment
