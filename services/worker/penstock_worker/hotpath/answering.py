@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from penstock.queue.v1.envelope_pb2 import ReplyHeader
+from penstock.queue.v1.envelope_pb2 import ReplyHeader, RequestHeader
 from penstock_kit.errors import Internal, PenstockError, Unavailable
 from penstock_kit.oip import Codec, Encoded
 from penstock_kit.queue.messages import Buffer, Request
@@ -48,6 +48,8 @@ class Answering:
             return Outcome(request, None, error, start)
         except Exception as error:  # noqa: BLE001 - logged; it is this request's alone
             return Outcome(request, None, _unexpected(error, "decode the request"), start)
+        if infer.parameters and _hurry(header, infer.parameters) <= start // 1000:
+            return expired(request, start)
         return Work(request, infer, time.time_ns() - start, start)
 
     def answer(self, outcomes: Sequence[Outcome], calls: Sequence[Call]) -> None:
@@ -113,6 +115,18 @@ class Answering:
             raise
         except Exception as error:
             raise _unexpected(error, "encode the answer") from error
+
+
+def _hurry(header: RequestHeader, parameters: Mapping[str, object]) -> int:
+    """Note the deadline that the parameter `timeout` gives, in microseconds from its queueing; return it.
+
+    Gateways do not look for it in JSON that is long, so that it may be sooner than the header's.
+    """
+    timeout = parameters.get("timeout")
+    if isinstance(timeout, int) and timeout > 0 and header.enqueue_unix_micros:
+        deadline = min(header.deadline_unix_micros, header.enqueue_unix_micros + timeout)
+        header.deadline_unix_micros = deadline
+    return header.deadline_unix_micros
 
 
 def _describe(error: PenstockError) -> ReplyHeader:
