@@ -76,3 +76,5 @@ async def test_the_size_of_requests_is_learned_from_the_replicas_counters() -> N
     assert normal.room == 64
     await watch.look(2.1)
     assert normal.room == 2 * 32 / 8
+    waitlist.offer(2, 32)  # a new routing table does not know better
+    assert normal.room == 2 * 2 * 32 / 8

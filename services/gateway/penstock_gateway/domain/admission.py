@@ -281,12 +281,13 @@ class Waitlist:
         backlogs: High, normal, low.
     """
 
-    __slots__ = ("_max_rows", "_replicas", "_requests", "_rows", "backlogs", "queue")
+    __slots__ = ("_max_rows", "_replicas", "_requests", "_rows", "_rows_each", "backlogs", "queue")
 
     def __init__(self, queue: str) -> None:
         self.queue = queue
         self.backlogs = tuple(Backlog() for _ in range(PRIORITIES))
         self._replicas = self._max_rows = 1
+        self._rows_each = 1.0
         # Counters of all replicas, as last read.
         self._requests = self._rows = 0
 
@@ -303,8 +304,7 @@ class Waitlist:
     def offer(self, replicas: int, max_rows: int) -> None:
         """Take how many replicas answer now, and how many rows one call of the model takes at most."""
         self._replicas, self._max_rows = replicas, max(max_rows, 1)
-        for backlog in self.backlogs:
-            backlog.see_replicas(replicas, self._max_rows)
+        self._tell()
 
     def see_depths(self, before: Sequence[int], depths: Sequence[int]) -> None:
         """Take how many requests the queue holds at each priority.
@@ -331,8 +331,12 @@ class Waitlist:
         self._requests, self._rows = requests, rows
         if more_requests <= 0 or more_rows <= 0:
             return  # nothing new, or a replica took its counters with it
+        self._rows_each = more_rows / more_requests
+        self._tell()
+
+    def _tell(self) -> None:
         for backlog in self.backlogs:
-            backlog.see_replicas(self._replicas, self._max_rows * more_requests / more_rows)
+            backlog.see_replicas(self._replicas, self._max_rows / self._rows_each)
 
     def age(self, now: float) -> None:
         """Forget what is too old to act on."""
