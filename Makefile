@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-unit test-clients test-chaos bench bench-quick bench-scale check format protos sync clean
+.PHONY: help demo up test test-unit test-clients test-chaos test-soak bench bench-quick bench-scale check format protos sync clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,9 @@ test-clients: $(STAMP) ## Unmodified third-party clients against a running mesh
 
 test-chaos: $(STAMP) ## Kills, cuts and pauses under load
 	$(BIN)/python -m pytest -m chaos tests/chaos
+
+test-soak: $(STAMP) ## Ten minutes of mixed load, after which nothing may have grown
+	PENSTOCK_SOAK_SECONDS=$${PENSTOCK_SOAK_SECONDS:-600} $(BIN)/python -m pytest -m chaos -s tests/chaos/test_soak.py
 
 bench: $(STAMP) ## Speed beside floors and peers: BENCH="--peers ours,triton --seconds 5" chooses
 	PYTHONPATH=tests $(BIN)/python -m performance $(BENCH)

@@ -77,15 +77,15 @@ def growth(looks: Sequence[Footprint]) -> list[str]:
     """What grew from the first half of the looks to the second half, in words.
 
     The least of each half counts: a process may hold on to memory for a while. An allocator's own ups and
-    downs with bodies of many MiB are no growth: a tenth and 24 MiB.
+    downs are no growth: a twentieth and 12 MiB.
     """
     half = (len(looks) + 1) // 2
     early, late = looks[:half], looks[half:]
     found = []
     for name in looks[-1].memory:
-        for what, allowed in (("memory", 24.0), ("descriptors", 2), ("threads", 1)):
+        for what, allowed in (("memory", 12.0), ("descriptors", 2), ("threads", 1)):
             first, last = (min(getattr(each, what).get(name, 0) for each in part) for part in (early, late))
-            if last > first * (1.1 if what == "memory" else 1.0) + allowed:
+            if last > first * (1.05 if what == "memory" else 1.0) + allowed:
                 found.append(f"{what} of {name}: {first:g}, then {last:g}")
     for what, allowed in (("tasks", 2), ("in_flight", 0), ("keys", 2), ("queued", 0), ("redis_bytes", _MIB)):
         first, last = (min(getattr(each, what) for each in part) for part in (early, late))
