@@ -87,6 +87,7 @@ class Http1Connection(Carrier):
         Whether it only shut down its sending side, or closed the whole, cannot be seen. It is taken to
         have gone away, so that its call is stopped, unless it said before that it sends no more.
         """
+        self._flush()
         turn = self.turn
         return turn is not None and turn.ended and self._last and not self._closing
 
@@ -150,10 +151,12 @@ class Http1Connection(Carrier):
 
     def _begin(self, data: bytes) -> bytes:
         """Read a head; return what follows it, or all if it is not whole."""
+        if data[0] < 14:  # CR or LF, which some callers send behind a body
+            data = data.lstrip(b"\r\n")
+            if not data:
+                return b""
         end = data.find(b"\r\n\r\n")
         if end < 0:
-            if data.startswith((b"\r", b"\n")):
-                return self._begin(data.lstrip(b"\r\n")) if data.strip(b"\r\n") else b""
             if len(data) > MAX_HEAD_BYTES:
                 self.refuse(431, _TOO_LARGE)
             return data
