@@ -22,6 +22,7 @@ from penstock_kit.errors import (
     Reason,
     Unavailable,
 )
+from penstock_scheduler.adapters import registry
 
 Target = deployment_pb2.Target
 GIB = 1024**3
@@ -109,6 +110,27 @@ async def test_without_the_registry_a_change_fails_and_what_serves_goes_on(bench
     assert (await client.until_state("READY")).ready_replicas == 2
     await bench.start_registry()
     await client.create("other")
+
+
+async def test_a_registry_that_is_slow_for_a_moment_is_no_deadline_of_the_callers(
+    bench: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "RESOLVE_TIMEOUT_SECONDS", 0.2)
+    answering = asyncio.Event()
+    resolve = bench.registry.ResolveVersion
+
+    async def slow(request: Any, context: Any) -> Any:
+        await answering.wait()
+        return await resolve(request, context)
+
+    monkeypatch.setattr(bench.registry, "ResolveVersion", slow)
+    await bench.stop_registry()
+    await bench.start_registry()
+    with pytest.raises(Unavailable, match="registry did not answer") as away:
+        await client.create()
+    assert away.value.reason is Reason.DEPENDENCY_UNAVAILABLE
+    answering.set()
+    await client.create()
 
 
 async def test_a_name_is_taken_once(bench: Any, client: Any) -> None:

@@ -8,7 +8,7 @@ import grpc
 
 from penstock.registry.v1 import registry_service_pb2 as pb
 from penstock.registry.v1 import registry_service_pb2_grpc, version_pb2
-from penstock_kit.errors import FailedPrecondition, Reason
+from penstock_kit.errors import DeadlineExceeded, FailedPrecondition, Reason, Unavailable
 from penstock_scheduler.adapters.documents import version_from_message
 from penstock_scheduler.domain.version import Version
 from penstock_scheduler.usecases.ports import AliasNow
@@ -26,7 +26,15 @@ class GrpcRegistry:
     async def resolve(self, model: str, selector: str) -> Version:
         """See `Registry.resolve`."""
         request = pb.ResolveVersionRequest(model=f"models/{model}", selector=selector)
-        found = await self._stub.ResolveVersion(request, timeout=RESOLVE_TIMEOUT_SECONDS)
+        try:
+            found = await self._stub.ResolveVersion(request, timeout=RESOLVE_TIMEOUT_SECONDS)
+        except DeadlineExceeded as error:
+            # Our deadline, not the caller's, who may have time to try again.
+            raise Unavailable(
+                f"The registry did not answer within {RESOLVE_TIMEOUT_SECONDS:g} s. Retry.",
+                reason=Reason.DEPENDENCY_UNAVAILABLE,
+                metadata={"dependency": "registry"},
+            ) from error
         if found.state != version_pb2.VERSION_STATE_READY:
             state = version_pb2.VersionState.Name(found.state).removeprefix("VERSION_STATE_")
             raise FailedPrecondition(
