@@ -78,7 +78,7 @@ def test_the_examples_of_the_readme_give_what_it_shows(shell: Shell) -> None:
                 assert not shown or printed == _SIZE.sub("SIZE", shown.rstrip("\n")), command
                 seen.append(command.split()[1])
     assert {"push", "deploy", "predict", "traffic", "rollback", "alias", "show"} < set(seen)
-    assert sum(word.startswith("localhost:8080/") for word in seen) == 3
+    assert sum(word.startswith("localhost:8080/") for word in seen) == 4
 
 
 def test_the_methods_are_listed_as_the_readme_says(shell: Shell) -> None:
