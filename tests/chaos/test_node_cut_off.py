@@ -109,7 +109,9 @@ async def test_a_node_that_is_cut_off_and_comes_back_loses_nothing_and_answers_n
             await asyncio.sleep(CUT_SECONDS / 2)
             await asyncio.to_thread(moved)
 
-        await asyncio.gather(strike(CutOff(machine), history, CUT_SECONDS), look())
+        async with asyncio.TaskGroup() as group:
+            group.create_task(strike(CutOff(machine), history, CUT_SECONDS))
+            group.create_task(look())
         await asyncio.to_thread(back)
 
     callers: list[Caller] = [GrpcCaller("echo", rows=(1, 4)) for _ in range(12)]

@@ -97,7 +97,9 @@ async def test_all_that_is_behind_a_gateway_may_restart_at_once(durable: Mesh, s
             wait_replicas(durable, client, "echo", 1)
 
     async def ordeal(history: History) -> None:
-        await asyncio.gather(*(strike(fault, history) for fault in faults))
+        async with asyncio.TaskGroup() as group:
+            for fault in faults:
+                group.create_task(strike(fault, history))
         await asyncio.to_thread(answering)
 
     report = await storm.run(durable.address, callers(), ordeal)

@@ -75,7 +75,9 @@ async def schedule(
         lasting = [draw.uniform(0.0, longest) for _ in chosen]
         said = " and ".join(f"{fault.name} for {s:.1f} s" for fault, s in zip(chosen, lasting, strict=True))
         say(f"  {end - time.monotonic():5.1f} s left: {said}")
-        await asyncio.gather(*(strike(f, history, s) for f, s in zip(chosen, lasting, strict=True)))
+        async with asyncio.TaskGroup() as group:
+            for fault, s in zip(chosen, lasting, strict=True):
+                group.create_task(strike(fault, history, s))
         await asyncio.sleep(draw.uniform(0.0, 1.5))
 
 
