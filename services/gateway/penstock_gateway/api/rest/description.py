@@ -162,6 +162,7 @@ def _paths() -> Json:
     predict["requestBody"]["content"]["application/x-www-form-urlencoded"] = {
         "schema": _schema("PredictForm")
     }
+    predict["requestBody"]["content"]["multipart/form-data"] = {"schema": _schema("PredictUpload")}
     paths: Json = {
         "/predict": {
             "post": predict,

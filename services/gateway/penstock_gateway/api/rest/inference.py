@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from penstock.queue.v1.envelope_pb2 import (
     PAYLOAD_FORMAT_OIP_REST,
@@ -15,6 +16,7 @@ from penstock.queue.v1.envelope_pb2 import (
 from penstock_gateway.api.rest.http import (
     BINARY,
     JSON,
+    READ_BYTES,
     Request,
     Response,
     dumps,
@@ -22,19 +24,18 @@ from penstock_gateway.api.rest.http import (
     loads,
     whole_number,
 )
+from penstock_gateway.api.rest.multipart import MULTIPART, Part, address, read_parts, to_predict
+from penstock_gateway.api.rest.peek import members
 from penstock_gateway.hotpath.bounds import bounds
 from penstock_gateway.hotpath.dispatch import Dispatcher
 from penstock_gateway.hotpath.grpc_framing import watch
-from penstock_kit.errors import Cancelled, InvalidArgument, Reason
+from penstock_kit.errors import Cancelled, InvalidArgument, Reason, ResourceExhausted
 from penstock_kit.queue.messages import Reply
 
 HEADER_LENGTH = b"inference-header-content-length"
 FORM = "application/x-www-form-urlencoded"
 # curl's -d announces a form, whatever it sends; a JSON body is told by how it begins.
 BODY_TYPES = (JSON, BINARY, FORM)
-# The gateway reads JSON up to this length for its `timeout` and `priority`: half a millisecond, in which
-# nobody else is served. Callers who send more at once say them in headers.
-READ_BYTES = 64 << 10
 
 
 class Inference:
@@ -65,19 +66,30 @@ class Inference:
         return await self._run(request, model, version, data, PAYLOAD_FORMAT_V1_PREDICT)
 
     async def predict(self, request: Request) -> Response:
-        """/predict: {"model_name": …, "input_data": …} as JSON, or the two as query or form parameters."""
-        kind = request.require(JSON, FORM)
+        """/predict: {"model_name": …, "input_data": …} as JSON, or the two as query or form parameters.
+
+        A form may have files.
+        """
+        kind = request.require(JSON, FORM, MULTIPART)
         data = await request.body() if request.method == "POST" else b""
         query = request.query
-        if data.strip() and (kind == JSON or data.lstrip()[:1] == b"{"):
-            body = loads(data)
-            if not isinstance(body, dict):
-                raise InvalidArgument("The body must be a JSON object with model_name and input_data.")
+        body: Mapping[str, Any]
+        parts: list[Part] | None = None
+        if kind == MULTIPART:
+            parts = await read_parts(data, request.headers[b"content-type"])
+            body = {**query, **address(parts)}
+            name, version = body.get("model_name"), body.get("model_version", "")
+        elif data.strip() and (kind == JSON or data.lstrip()[:1] == b"{"):
+            body = await _address(data)
             name = body.get("model_name", query.get("model_name"))
             version = body.get("model_version", query.get("model_version", ""))
-            if "model_name" not in body and isinstance(name, str):
-                data = dumps({"model_name": name, **body})
         else:
+            if len(data) > READ_BYTES:
+                raise ResourceExhausted(
+                    f"A form of {len(data)} bytes is over the limit of {READ_BYTES}; send the input as JSON.",
+                    reason=Reason.PAYLOAD_TOO_LARGE,
+                    metadata={"limit_bytes": str(READ_BYTES)},
+                )
             fields = {**query, **form(data)}
             name = fields.get("model_name")
             version = fields.get("model_version", "")
@@ -90,6 +102,9 @@ class Inference:
             version = str(version)
         if not isinstance(version, str):
             raise InvalidArgument("model_version must be a number or an alias.")
+        if parts is not None:
+            _, target = self._dispatcher.resolve(name, version)
+            data = await to_predict(parts, name, target.description)
         return await self._run(request, name, version, data, PAYLOAD_FORMAT_PREDICT)
 
     async def _run(
@@ -124,6 +139,21 @@ class Inference:
             raise
         finally:
             watching.cancel()
+
+
+async def _address(data: bytes) -> Mapping[str, Any]:
+    """Return at least name and version out of the body of /predict, without holding up others.
+
+    Raises:
+        InvalidArgument: It is no JSON object.
+    """
+    if len(data) > READ_BYTES:
+        _looks_like_json(data)
+        return await members(data, ("model_name", "model_version"))
+    body = loads(data)
+    if not isinstance(body, dict):
+        raise InvalidArgument("The body must be a JSON object with model_name and input_data.")
+    return body
 
 
 def answer(reply: Reply) -> Response:

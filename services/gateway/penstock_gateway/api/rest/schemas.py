@@ -126,6 +126,14 @@ SCHEMAS: dict[str, Any] = {
         model_version=_STRING,
         input_data={"type": "string", "minLength": 1, "contentMediaType": "application/json"},
     ),
+    "PredictUpload": {
+        **_object(["model_name"], model_name=_NAME, model_version=_STRING),
+        "description": (
+            "Parts called file or input_data are for the only input, others for the input of their name. "
+            "A file goes to an input of datatype BYTES, several of one name are rows; a text is JSON."
+        ),
+        "additionalProperties": {"type": "string"},
+    },
     "PredictResponse": _object(["output_data"], output_data={}),
     "V1Request": {
         "type": "object",
