@@ -37,15 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
         options.warm_up,
         options.rounds,
     )
-    results = Results(
-        machine=machine.describe(),
-        options={"seconds": options.seconds, "rounds": options.rounds, "command": sys.argv[1:]},
-        titles={server.name: server.title for server in servers},
-    )
+    kept = folder / "results.json"
+    results = Results.read(kept) if kept.exists() else Results(machine=machine.describe())
+    results.options = {"seconds": options.seconds, "rounds": options.rounds, "command": sys.argv[1:]}
+    results.titles |= {server.name: server.title for server in servers}
     began = time.monotonic()
 
     def keep() -> None:
-        results.save(folder / "results.json")
+        results.save(kept)
 
     try:
         matrix.run(plan, servers, results, keep, _say)
@@ -90,7 +89,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     quick("--rounds", type=int, help="starts of each server")
     quick("--experiments", type=_names(EXPERIMENTS), help="of overload, scaling; or none")
     quick("--seed", type=int, default=1, help="of the random moments of the overload")
-    quick("--out", type=Path, help="folder for the results")
+    quick("--out", type=Path, help="folder for the results; those that it has are added to")
     quick(
         "--table",
         type=Path,

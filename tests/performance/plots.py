@@ -134,7 +134,7 @@ def _axes(axes: Axes, levels: list[float], title: str) -> None:
     axes.set_yscale("log")
     axes.set_xticks(levels, [f"{level:g}" for level in levels])
     axes.set_xlabel("requests open at a time")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
     axes.yaxis.set_minor_formatter(FuncFormatter(_half_decades))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(labelsize=8, which="both")
@@ -144,4 +144,8 @@ def _axes(axes: Axes, levels: list[float], title: str) -> None:
 def _half_decades(value: float, _: object) -> str:
     """A name for 2 and 5 between the powers of ten."""
     lead = round(value / 10 ** math.floor(math.log10(value)))
-    return f"{value:,.4g}" if lead in (2, 5) else ""
+    return _plain(value) if lead in (2, 5) else ""
+
+
+def _plain(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1 else f"{value:.1g}"
