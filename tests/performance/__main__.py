@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     kept = folder / "results.json"
     results = Results.read(kept) if kept.exists() else Results(machine=machine.describe())
     results.options = {"seconds": options.seconds, "rounds": options.rounds, "command": sys.argv[1:]}
+    # Who could not be had the other time is tried again.
+    for server in servers:
+        results.absent.pop(server.name, None)
     results.titles |= {server.name: server.title for server in servers}
     began = time.monotonic()
 
