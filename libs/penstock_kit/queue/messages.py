@@ -57,9 +57,9 @@ class Request:
         return self.header.deadline_unix_micros <= now
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
-    """One reply as a gateway reads it; an error if ``header.code`` is not 0."""
+    """One reply as a gateway reads it; an error if ``header.code`` is not 0. Nobody changes it either."""
 
     header: ReplyHeader
     payload: bytes

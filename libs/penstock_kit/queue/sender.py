@@ -36,8 +36,10 @@ CHECK_SECONDS = 1.0
 ANSWER_SECONDS = 5.0
 # Streams that no gateway and no replica touches for this long are forgotten.
 IDLE_SECONDS = 24 * 3600
-# As many list items are asked for ahead, so that Redis hands out the next without a round trip.
-READS_AHEAD = 8
+# As many list items are asked for ahead, so that Redis hands out the next without a round trip. They are
+# asked for again by halves: each question would wake Redis.
+READS_AHEAD = 16
+READS_AGAIN = READS_AHEAD // 2
 # How long Redis waits for a reply before it says that there is none, and how late it may say so.
 READ_SECONDS = 5
 SILENCE_SECONDS = 5.0
@@ -88,6 +90,8 @@ class RequestSender(Ledger):
         self._epoch = b""
         # time.monotonic() when the connection for replies last gave a sign of life.
         self._heard = 0.0
+        # List items that are asked for.
+        self._reads = 0
         self._tasks = TaskSet()
         self._tried = asyncio.Event()
         self._lost = asyncio.Event()
@@ -158,7 +162,16 @@ class RequestSender(Ledger):
         elif reply is not None:  # None: nothing came for READ_SECONDS
             self._lost.set()
             return
-        reader.write(self._pop, partial(self._popped, reader))
+        self._reads -= 1
+        if self._reads <= READS_AHEAD - READS_AGAIN:
+            self._read(reader)
+
+    def _read(self, reader: Connection) -> None:
+        """Ask for as many list items as are not asked for."""
+        popped = partial(self._popped, reader)
+        for _ in range(READS_AHEAD - self._reads):
+            reader.write(self._pop, popped)
+        self._reads = READS_AHEAD
 
     # Sessions: a pair of connections, from their beginning to the loss of one of them
 
@@ -194,8 +207,8 @@ class RequestSender(Ledger):
             held = list(self._waiting.values())
             self._writer = writer
             self._heard = time.monotonic()
-            for _ in range(READS_AHEAD):
-                reader.write(self._pop, partial(self._popped, reader))
+            self._reads = 0
+            self._read(reader)
             self._tried.set()
             await self._recover(writer, held)
             backoff.reset()
