@@ -101,13 +101,17 @@ class BlockingConnection:
                         raise
             return self._exchange(self._connected(), parts, replies, timeout)
 
-    def close(self) -> None:
-        """End it for good, from any thread; a call that waits raises ConnectionLost."""
-        self._closed = True
+    def interrupt(self) -> None:
+        """End the connection of now, from any thread; a call that waits raises ConnectionLost."""
         connection = self._socket
         if connection is not None:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End it for good, from any thread; a call that waits raises ConnectionLost."""
+        self._closed = True
+        self.interrupt()
         with self._lock:
             self._drop()
 

@@ -192,7 +192,14 @@ class QueueReader:
         """Renew the lease; False if Redis is away."""
         try:
             self._renew()
-        except (ConnectionLost, hiredis.ReplyError):
+        except ConnectionLost as error:
+            if isinstance(error.__cause__, TimeoutError):
+                # The way to Redis is silent, but does not say so: the other two connections, most likely as
+                # dead, would find out only one after the other.
+                self._reading.interrupt()
+                self._writing.interrupt()
+            return False
+        except hiredis.ReplyError:
             return False
         return True
 

@@ -68,3 +68,29 @@ async def test_no_reply_is_handed_to_a_connection_that_only_redis_takes_for_aliv
             await sender.stop()
     client.close()
     await asyncio.to_thread(reader.leave)
+
+
+async def test_a_replica_leaves_all_its_connections_when_one_falls_silent(
+    redis_url: str, short_path: Path
+) -> None:
+    with Wire(Path(redis_url.removeprefix("unix://")), short_path / "redis.sock") as wire:
+        reader = QueueReader(f"unix://{wire.address}", QUEUE, "replica-1.1")
+        assert reader.read(1, 0) == []
+        assert reader.heartbeat()
+        reading = asyncio.create_task(asyncio.to_thread(reader.read, 1, 120_000))
+
+        def waits() -> bool:
+            with redis.Redis.from_url(redis_url) as client:
+                return any(each["cmd"] == "xreadgroup" for each in client.client_list())
+
+        async def waiting() -> bool:
+            return await asyncio.to_thread(waits)
+
+        await eventually(waiting)
+        wire.silence()
+        assert not await asyncio.to_thread(reader.heartbeat)
+        wire.speak()
+        # Not after the two minutes for which Redis was asked to wait.
+        async with asyncio.timeout(30):
+            assert await reading == []
+        await asyncio.to_thread(reader.leave)
