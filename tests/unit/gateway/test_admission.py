@@ -128,6 +128,20 @@ def test_a_stall_of_the_replicas_does_not_make_them_look_slow() -> None:
     assert (seen.refused, seen.late) == (0, 0)
 
 
+@pytest.mark.parametrize("part", [0.05, 0.8])
+def test_what_a_stall_did_to_the_margin_is_forgotten_in_seconds(part: float) -> None:
+    world = Simulation(MLP)
+    rate = part * MLP.capacity
+    world.offer(Load(rate / 2, end=30), Load(rate / 2, end=30, timeout=3))
+    world.offer(Load(MLP.capacity, end=4))
+    world.at(3.0, world.pause, 5.0)
+    world.run(8.0)
+    assert world.backlogs[0][NORMAL].margin > 0.1
+    world.run(28)
+    assert world.backlogs[0][NORMAL].margin < 0.1
+    assert world.sum(15, 28).refused == 0
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_more_replicas_are_used_and_fewer_are_respected(seed: int) -> None:
     model = STEADY

@@ -52,6 +52,8 @@ _MEMORY_SECONDS = 30.0
 # Of how many answers the margin may be exceeded, and how fast it follows, as a part of the time taken.
 _LATE_SHARE = 0.05
 _MARGIN_STEP = 0.05
+# It fades by itself too, by a fifth in a second: where nothing waits nothing else would lower it.
+_MARGIN_KEPT = 0.98
 # Of the time left, what the way back to the caller may take.
 _WAY_BACK = 0.1
 # The figures speak for a backlog this many times the one that they were measured at; see rule 1.
@@ -201,7 +203,8 @@ class Backlog:
             self._reckon()
 
     def age(self, now: float) -> None:
-        """Forget figures that are too old to act on; to be called now and then."""
+        """Forget figures that are too old to act on; to be called ten times a second or so."""
+        self.margin *= _MARGIN_KEPT
         if self._groups and now - self._fold_at > max(_MEMORY_SECONDS, _PACE_GROUPS * self._usual_gap):
             self._forget()
 
@@ -237,9 +240,11 @@ class Backlog:
 
     def _learn(self, took: float, late: float) -> None:
         """Move the margin towards the 95th percentile of how much later than reckoned answers come."""
-        step = _MARGIN_STEP * took
+        # By parts of the time taken, or of the margin where that is more, as after a stall: it must not
+        # take minutes to forget one.
+        step = _MARGIN_STEP * max(took, self.margin)
         if late > self.margin:
-            self.margin += step * (1.0 - _LATE_SHARE)
+            self.margin = min(late, self.margin + step * (1.0 - _LATE_SHARE))
         else:
             self.margin = max(0.0, self.margin - step * _LATE_SHARE)
 
