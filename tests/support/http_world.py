@@ -113,6 +113,10 @@ class ToyWorld:
         self._callers.append(writer)
         return reader, writer
 
+    def pass_time(self, seconds: float) -> None:
+        """Let the server believe that time has passed."""
+        self.server.look(asyncio.get_running_loop().time() + seconds)
+
     async def hang_up(self) -> None:
         """Close all connections of callers."""
         for writer in self._callers:

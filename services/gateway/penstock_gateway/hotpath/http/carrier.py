@@ -1,4 +1,8 @@
-"""What connections of both versions of HTTP do alike: write once a tick, see who does not read, end."""
+"""What connections of both versions of HTTP do alike: write, see who does not read, end.
+
+The event loop (uvloop) keeps what is written while it hands out one round of events, and gives it to the
+kernel in one call per connection at the end of that round. Nothing is gathered here again.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,6 @@ class Carrier(asyncio.Protocol):
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._out: list[bytes | memoryview] = []
-        self._out_large = False
         self.paused = False
         self._deaf = False
         # The last bytes are being written; after them nothing may be.
@@ -48,40 +50,32 @@ class Carrier(asyncio.Protocol):
     def settled(self) -> bool:
         """Whether it is over, and all that was written is on its way."""
         transport = self._transport
-        return transport is None or (
-            self._closing and not self._out and transport.get_write_buffer_size() == 0
-        )
+        return transport is None or (self._closing and transport.get_write_buffer_size() == 0)
 
     def write(self, data: bytes) -> None:
         """Write at the end of this tick."""
-        if not self._out:
-            self._loop.call_soon(self._flush)
-        self._out.append(data)
+        transport = self._transport
+        if transport is None or self._shut:
+            return
+        transport.write(data)
+        if self.paused:
+            self._look_at_backlog(transport)
 
     def write_parts(self, parts: tuple[bytes | memoryview, ...] | list[bytes], size: int) -> None:
         """Write what belongs together at the end of this tick; `size` is about its length."""
-        out = self._out
-        if not out:
-            self._loop.call_soon(self._flush)
-        out += parts
-        if size > JOIN_BYTES:
-            self._out_large = True
-
-    def _flush(self) -> None:
-        out = self._out
-        self._out = []
         transport = self._transport
-        if transport is None or not out or self._shut:
+        if transport is None or self._shut:
             return
-        if self._out_large:
-            self._out_large = False
-            transport.writelines(out)
+        if size > JOIN_BYTES:
+            transport.writelines(parts)
         else:
-            transport.write(b"".join(out))
-        if self.paused and not self._deaf and transport.get_write_buffer_size() > DEAF_BYTES:
+            transport.write(b"".join(parts))
+        if self.paused:
+            self._look_at_backlog(transport)
+
+    def _look_at_backlog(self, transport: asyncio.Transport) -> None:
+        if not self._deaf and not self._closing and transport.get_write_buffer_size() > DEAF_BYTES:
             self._hush()
-        if self._closing:
-            self._shut_down()
 
     def _hush(self) -> None:
         """Read no more for now."""
@@ -99,8 +93,7 @@ class Carrier(asyncio.Protocol):
         """End once what was written has left."""
         self._closing = True
         self._linger_until = self._loop.time() + LINGER_SECONDS
-        if not self._out:  # else the flush that is due does it
-            self._shut_down()
+        self._shut_down()
 
     def _shut_down(self) -> None:
         """Tell the peer that nothing more comes, and read on until it knows."""

@@ -87,7 +87,6 @@ class Http1Connection(Carrier):
         Whether it only shut down its sending side, or closed the whole, cannot be seen. It is taken to
         have gone away, so that its call is stopped, unless it said before that it sends no more.
         """
-        self._flush()
         turn = self.turn
         return turn is not None and turn.ended and self._last and not self._closing
 
@@ -355,7 +354,6 @@ class Http1Connection(Carrier):
         """End when the open call is answered."""
         self.farewell()
         if self.turn is None and self._transport is not None and not self._closing:
-            self._flush()
             self._closing = True
             self._linger_until = self._loop.time()
             self._transport.close()

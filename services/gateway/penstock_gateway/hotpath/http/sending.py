@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from penstock_gateway.hotpath.http import frames, hpack
-from penstock_gateway.hotpath.http.carrier import JOIN_BYTES, Carrier
+from penstock_gateway.hotpath.http.carrier import Carrier
 
 if TYPE_CHECKING:
     from penstock_gateway.hotpath.http.stream import Stream
@@ -95,7 +95,6 @@ class Sending(Carrier):
     def _pump(self) -> None:
         """Write kept data, a frame of each stream in turn, as far as the windows and the socket allow."""
         ready = self._ready
-        written = 0
         while ready and self.window > 0 and not self.paused:
             number = next(iter(ready))
             stream = ready.pop(number)
@@ -103,7 +102,3 @@ class Sending(Carrier):
             self.window -= size
             if stream.waiting and stream.window > 0:
                 ready[number] = stream  # to the end of the row
-            written += size
-            if written > JOIN_BYTES:
-                written = 0
-                self._flush()  # so that the socket can say that it is full

@@ -203,7 +203,14 @@ class HttpServer:
             self._date_second = second
             date = email.utils.formatdate(second, usegmt=True).encode()
             self.date = b"date: %b\r\nserver: penstock\r\n" % date
-        now = loop.time()
+        self.look(loop.time())
+
+    def look(self, now: float) -> None:
+        """Look after all that takes too long or too much; called each quarter of a second.
+
+        Args:
+            now: Time of the loop.
+        """
         for connection in list(self._connections):
             connection.tick(now)
         for door in list(self._doors):
