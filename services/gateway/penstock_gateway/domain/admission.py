@@ -15,10 +15,11 @@ What is refused wrongly is lost to a caller whom there was room for, while what 
 next to nothing (replicas drop it unread). Hence doubt admits:
 
 1. Without figures nothing is refused, and not beyond twice the backlog that they were measured at. By
-   Little's law (backlog = pace × time taken) a refusal then means: requests did take at least half of what
-   this one has left. A burst from idle, a fresh start and a waking replica are never refused.
+   Little's law (backlog = pace × time taken) requests did then take half of what this one would, or more. A
+   burst from idle, a fresh start and a waking replica are never refused.
 2. The margin takes at most half of what is left: a wait of up to half the time is always admitted. The
-   backlog thus never starves, answers keep coming, and figures that were wrong are measured anew.
+   backlog thus never starves, answers keep coming, and figures that were wrong are measured anew. With rule
+   1: nobody is refused unless requests did take a quarter of what this one has left.
 3. While there may be room in a batch that is not computed yet, all are admitted: refusing would make nothing
    faster. That is up to two full batches for each replica, one of which it computes. (Otherwise a pace that
    was measured at half-full batches would keep them half full.)
