@@ -7,14 +7,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from penstock_kit.ensembles import ModelType, Step, TensorType
-from penstock_scheduler.domain.deployment import Deployment, DeploymentState, Spec, Target
+from penstock_kit.errors import FailedPrecondition
+from penstock_scheduler.domain.deployment import Deployment, DeploymentState, ResponseCache, Spec, Target
 from penstock_scheduler.domain.node import Node, NodeState, Report
 from penstock_scheduler.domain.planner import Snapshot, plan
 from penstock_scheduler.domain.planner.ensembles import callers_of
 from penstock_scheduler.domain.replica import Observed, ReplicaState
 from penstock_scheduler.domain.resources import MIB
 from penstock_scheduler.domain.routes import Route, routes_of
+from penstock_scheduler.domain.validate import check_cacheable
 from penstock_scheduler.domain.version import Version, VersionKey
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -189,6 +193,16 @@ def test_an_ensemble_that_does_not_fit_its_steps_is_not_ready_and_says_why() -> 
     assert cluster.state("both")[1].endswith(
         "Tensor 't0', the output y of step s0, does not fit step s1 as its input x: it is FP32, not FP64."
     )
+
+
+def test_answers_of_an_ensemble_are_not_kept() -> None:
+    both = replace(deployed("both"), cache=ResponseCache(enabled=True, coalesce=True))
+    cluster = Cluster([model("one"), ensemble("both", "one")], [deployed("one"), both])
+    cluster.settle()
+    assert cluster.route("both").cache == replace(both.cache, enabled=False)
+    check_cacheable(ResponseCache(coalesce=True), cluster.snapshot.versions.values())
+    with pytest.raises(FailedPrecondition, match="models/both/versions/1 cannot be kept: it is an ensemble"):
+        check_cacheable(both.cache, cluster.snapshot.versions.values())
 
 
 def test_who_calls_a_deployment_is_known() -> None:

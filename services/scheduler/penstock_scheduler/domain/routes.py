@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from penstock_kit.queue.keys import queue_name
 from penstock_scheduler.domain.deployment import NO_CACHE, Deployment, DeploymentState, ResponseCache
@@ -89,9 +89,11 @@ def _route(
     elif not any(target.weight and target.ready_replicas for target in targets):
         why = [blocked[deployment.name, key] for key in weights if (deployment.name, key) in blocked]
         message = why[0] if why else deployment.message or "Its replicas are starting."
-    return Route(
-        deployment.name, targets, deployment.max_queue_depth, deployment.state, message, deployment.cache
-    )
+    # Who follows an alias may come to an ensemble unawares: its answers change with what its steps call.
+    cache = deployment.cache
+    if any(target.version.steps for target in targets):
+        cache = replace(cache, enabled=False)
+    return Route(deployment.name, targets, deployment.max_queue_depth, deployment.state, message, cache)
 
 
 def _aliases_of(key: VersionKey, aliases: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:

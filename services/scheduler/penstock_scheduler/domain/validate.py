@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from penstock_kit.errors import InvalidArgument
+from penstock_kit.errors import FailedPrecondition, InvalidArgument, Reason
 from penstock_scheduler.domain.deployment import (
     DEFAULT_CACHE_BYTES,
     DEFAULT_CACHE_SECONDS,
@@ -16,6 +16,7 @@ from penstock_scheduler.domain.deployment import (
     Target,
 )
 from penstock_scheduler.domain.resources import Batching, Resources
+from penstock_scheduler.domain.version import Version
 
 ALL_TRAFFIC = 100
 MAX_BATCH_SIZE = 65536
@@ -167,6 +168,23 @@ def check_labels(labels: dict[str, str]) -> tuple[tuple[str, str], ...]:
         if "\0" in key or "\0" in value:
             raise InvalidArgument(f"label {key[:80]!r} has a NUL in it.", metadata={"field": "labels"})
     return tuple(sorted(labels.items()))
+
+
+def check_cacheable(cache: ResponseCache, versions: Iterable[Version]) -> None:
+    """Returns if answers of these versions may be kept, where that is asked for.
+
+    Raises:
+        FailedPrecondition: one is an ensemble, whose answer depends on more than its version.
+    """
+    for version in versions if cache.enabled else ():
+        if version.steps:
+            raise FailedPrecondition(
+                f"Answers of {version.key} cannot be kept: it is an ensemble, whose answers change with the "
+                "models that its steps call. Keep those of its steps, or let equal requests wait for one "
+                "answer (coalesce).",
+                reason=Reason.INVALID_REQUEST,
+                metadata={"version": str(version.key)},
+            )
 
 
 def _between(what: str, value: int, least: int, most: int) -> int:

@@ -23,7 +23,12 @@ from penstock_scheduler.domain.planner.ensembles import callers_of
 from penstock_scheduler.domain.planner.feasible import Placement, Rejection, Usage, check, closest
 from penstock_scheduler.domain.planner.snapshot import group_of
 from penstock_scheduler.domain.resources import NO_RESOURCES, Batching, Defaults, Resources
-from penstock_scheduler.domain.validate import TargetAsked, check_resolved, check_targets
+from penstock_scheduler.domain.validate import (
+    TargetAsked,
+    check_cacheable,
+    check_resolved,
+    check_targets,
+)
 from penstock_scheduler.domain.version import Version, VersionKey
 from penstock_scheduler.usecases.ports import DeploymentView, Registry, Uses, Wakeup, Work, Works
 
@@ -94,6 +99,7 @@ class Deployments:
                 if earlier is not None:
                     return await self._seen(earlier)
             await self._check_placeable(work, spec, versions)
+            check_cacheable(asked.cache, versions.values())
             await work.deployments.keep_versions(versions.values())
             present = await work.deployments.get(name)
             if present is not None and present.state is DeploymentState.DELETING:
@@ -171,13 +177,15 @@ class Deployments:
                     spec = replace(spec, **{key: getattr(asked, key)})
             versions = await work.cluster.load_versions({t.version for t in spec.targets})
             await self._check_placeable(work, spec, versions)
+            cache = _changed_cache(old.cache, changes)
+            check_cacheable(cache, versions.values())
             changed = replace(
                 old,
                 labels=asked.labels if "labels" in changes.fields else old.labels,
                 max_queue_depth=(
                     asked.max_queue_depth if "max_queue_depth" in changes.fields else old.max_queue_depth
                 ),
-                cache=_changed_cache(old.cache, changes),
+                cache=cache,
             )
             stored = await self._store(work, old, changed, spec, actor, "update")
             if request_id:
