@@ -26,7 +26,7 @@ class Plan:
     Attributes:
         workloads: Keys of the workloads.
         concurrencies: Levels of the closed loop.
-        rates: Levels of the open loop, requests per second; none leaves it out.
+        rates: Levels of the open loop, requests per second: the workload's own if None; none leaves it out.
         doors: Names of the doors; a server without any of them is tried on its first.
         seconds: Of each point.
         warm_up: Seconds of load before each point.
@@ -35,7 +35,7 @@ class Plan:
 
     workloads: Sequence[str]
     concurrencies: Sequence[int]
-    rates: Sequence[float]
+    rates: Sequence[float] | None
     doors: Sequence[str]
     seconds: float
     warm_up: float
@@ -96,7 +96,8 @@ def _points(
 ) -> list[Record]:
     levels = [(CLOSED, float(level)) for level in plan.concurrencies]
     if door.name in ("grpc", "http"):
-        levels += [(OPEN, rate) for rate in plan.rates]
+        rates = workload.rates if plan.rates is None else plan.rates
+        levels += [(OPEN, float(rate)) for rate in rates]
     return [
         _point(plan, server, workload, number, running, door, folder, mode, level) for mode, level in levels
     ]

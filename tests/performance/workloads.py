@@ -39,6 +39,7 @@ class Workload:
         outputs: Numbers of one answer.
         max_batch: Rows that a server may join.
         wait_seconds: How long a server that needs to be told may wait for more rows.
+        rates: Requests per second of the open loop: a light load and a heavy one that most can bear.
         build: Writes our bundle.
     """
 
@@ -49,6 +50,7 @@ class Workload:
     outputs: int
     max_batch: int
     wait_seconds: float
+    rates: tuple[float, ...]
     build: Callable[[Path], Manifest]
 
     def row(self) -> Array:
@@ -83,9 +85,9 @@ def _build_mlp(folder: Path) -> Manifest:
 WORKLOADS = {
     workload.key: workload
     for workload in (
-        Workload("w1", "echo", "W1 echo", ECHO_WIDTH, ECHO_WIDTH, 64, 0.0, build_echo_python),
-        Workload("w2", "mlp", "W2 mlp", MLP_INPUT, MLP_OUTPUT, 32, 0.002, _build_mlp),
+        Workload("w1", "echo", "W1 echo", ECHO_WIDTH, ECHO_WIDTH, 64, 0.0, (500, 4000), build_echo_python),
+        Workload("w2", "mlp", "W2 mlp", MLP_INPUT, MLP_OUTPUT, 32, 0.002, (100, 600), _build_mlp),
         # Not a speed test: its capacity is known, 400 rows a second for each copy.
-        Workload("sleep", "sleep", "20 ms model", ECHO_WIDTH, ECHO_WIDTH, 8, 0.0, _build_sleep),
+        Workload("sleep", "sleep", "20 ms model", ECHO_WIDTH, ECHO_WIDTH, 8, 0.0, (200,), _build_sleep),
     )
 }
