@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Workload:
         return result
 
 
+@cache
 def _mlp() -> Any:
     from performance.peers.compute import mlp
 
