@@ -60,7 +60,8 @@ class ToyPlan:
         elif self.grpc:
             body = body[5:]
         if self.what == "later":
-            asyncio.get_running_loop().call_later(0.001, self.answer, responder, body)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, self.answer, responder, body)
         elif self.what == "hold":
             self.world.held.append((self, responder, body))
         else:
@@ -120,7 +121,7 @@ class ToyWorld:
     async def hang_up(self) -> None:
         """Close all connections of callers."""
         for writer in self._callers:
-            writer.close()
+            writer.transport.abort()
         for writer in self._callers:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
