@@ -1,8 +1,9 @@
 """One connection to Redis on an asyncio loop, built for many small commands.
 
 redis-py's asyncio client spends more time per command than all else on the gateway's path together. This
-one does less: writes of one tick of the loop go out in one system call, replies are parsed in bulk by
-hiredis, and the answer of a command is handed to a plain callable, without a future where none is needed.
+one does less: replies are parsed in bulk by hiredis, and the answer of a command is handed to a plain
+callable, without a future where none is needed. What is written while the loop hands out one round of
+events leaves in one system call at its end, which uvloop sees to.
 """
 
 import asyncio
@@ -21,8 +22,6 @@ OnReply = Callable[[Any], None]
 
 CONNECT_SECONDS = 5.0
 COMMAND_SECONDS = 5.0
-# Above this, buffers go to the kernel one by one (writev): joining them would copy too much.
-JOIN_BYTES = 1 << 18
 
 _PENDING = object()
 
@@ -43,8 +42,6 @@ class Connection(asyncio.Protocol):
         # Errors come back as values: a failed command must not end the parsing of its neighbours.
         self._reader = hiredis.Reader(notEnoughData=_PENDING)
         self._handlers: deque[OnReply] = deque()
-        self._out: list[bytes] = []
-        self._large = False
         self._closed = False
 
     @classmethod
@@ -87,16 +84,12 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes, on_reply: OnReply) -> None:
         """Send one encoded command at the end of this tick; ``on_reply`` gets its answer."""
-        if self._closed:
+        transport = self._transport
+        if self._closed or transport is None:
             self._loop.call_soon(on_reply, ConnectionLost(self._address, "closed"))
             return
-        out = self._out
-        if not out:
-            self._loop.call_soon(self._flush)
-        out.append(data)
-        if len(data) > JOIN_BYTES:
-            self._large = True
         self._handlers.append(on_reply)
+        transport.write(data)
 
     async def command(self, *arguments: Argument, timeout: float = COMMAND_SECONDS) -> Any:
         """Send one command and wait for its answer.
@@ -138,22 +131,10 @@ class Connection(asyncio.Protocol):
         self.write(data, on_reply)
         return future
 
-    def _flush(self) -> None:
-        out, self._out = self._out, []
-        transport = self._transport
-        if transport is None or self._closed:
-            return
-        if self._large:
-            self._large = False
-            transport.writelines(out)
-        else:
-            transport.write(out[0] if len(out) == 1 else b"".join(out))
-
     def _end(self, why: object) -> None:
         if self._closed:
             return
         self._closed = True
-        self._out = []
         lost = ConnectionLost(self._address, why)
         while self._handlers:
             self._handlers.popleft()(lost)

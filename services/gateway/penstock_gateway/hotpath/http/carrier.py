@@ -7,6 +7,7 @@ kernel in one call per connection at the end of that round. Nothing is gathered 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 # Above this, buffers go to the kernel one by one (writev): joining them would copy too much.
 JOIN_BYTES = 1 << 17
@@ -61,7 +62,7 @@ class Carrier(asyncio.Protocol):
         if self.paused:
             self._look_at_backlog(transport)
 
-    def write_parts(self, parts: tuple[bytes | memoryview, ...] | list[bytes], size: int) -> None:
+    def write_parts(self, parts: Sequence[bytes | memoryview], size: int) -> None:
         """Write what belongs together at the end of this tick; `size` is about its length."""
         transport = self._transport
         if transport is None or self._shut:
@@ -102,10 +103,13 @@ class Carrier(asyncio.Protocol):
             return
         self._shut = True
         self._hear()
-        if transport.can_write_eof():
-            transport.write_eof()
-        else:
-            transport.close()
+        try:
+            if transport.can_write_eof():
+                transport.write_eof()
+            else:
+                transport.close()
+        except OSError:  # the peer is gone, and its end is on the way to us
+            transport.abort()
 
     def abort(self) -> None:
         """End now."""
