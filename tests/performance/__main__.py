@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -49,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     def keep() -> None:
         results.save(kept)
 
+    # A server is ended, and what was measured is shown, however the run is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         matrix.run(plan, servers, results, keep, _say)
         if overload.NAME in options.experiments:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
-import subprocess
 import sys
 import time
 import uuid
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from penstock_local.spawn import spawn
 from performance import environments
 from performance.doors import Door, wait_answer
 from performance.processes import Tree
@@ -122,15 +123,8 @@ class Process(Server):
         log = folder / "server.log"
         began = time.monotonic()
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            # It ends with the harness, even if that is killed.
+            process = spawn(command, output=output, env=environment, cwd=folder, death_signal=signal.SIGTERM)
         try:
             doors = self.ways(workload, ports)
             try:
