@@ -108,7 +108,7 @@ class TestFloods:
             peer.call(number, "/plan/echo", b"waits")
         peer.send(frames.window_update(3999, 1000))
         assert (await peer.answer(3999)).body == b"waits"
-        peer.send(frames.window_update(0, 1) * 3000)
+        peer.send(frames.window_update(0, 1) * 6000)
         await peer.is_alive()
         peer.send(frames.settings((frames.INITIAL_WINDOW_SIZE, 1000)))
         assert (await peer.answer(1)).body == b"waits"
@@ -412,8 +412,16 @@ async def served_once(world: ToyWorld) -> None:
         await until(lambda: world.server.connections < 20)
 
 
-async def test_small_credit_is_counted_only_for_answers_that_wait(world: ToyWorld) -> None:
+async def test_small_credit_is_no_fault_and_makes_no_small_frames(world: ToyWorld) -> None:
+    """Some callers allow on each few bytes that they read."""
     peer = await Peer.connect(world)
-    assert control.SMALL_CREDIT_BYTES < 1024
-    peer.send(peer.head(1, "/plan/hold"), (frames.window_update(0, 10) + frames.window_update(1, 10)) * 5000)
+    peer.call(1, "/app/big?bytes=200000", b"")
+    await peer.until(lambda: 1 in peer.answers and len(peer.answers[1].body) == 65_535)
+    small = frames.window_update(0, 10) + frames.window_update(1, 10)
+    peer.send(small * 102)
     await peer.is_alive()
+    assert len(peer.answers[1].body) == 65_535
+    peer.send(small)
+    await peer.until(lambda: len(peer.answers[1].body) >= 65_535 + control.WORTHWHILE_BYTES)
+    peer.send(small * 13_400)
+    assert len((await peer.answer(1)).body) == 200_000

@@ -13,8 +13,9 @@ MAX_STREAMS = 4096
 MAX_CHEAP_FRAMES = 4000
 # A change of all windows costs as much as one cheap frame for each so many streams.
 STREAMS_PER_CHEAP_FRAME = 64
-# Credit so small, for an answer that waits for it, makes frames that are hardly more than their headers.
-SMALL_CREDIT_BYTES = 256
+# An answer that waits for credit goes on when so much has come: else each few bytes that a caller took
+# would come back as a frame that is hardly more than its header (RFC 9113, section 10.5).
+WORTHWHILE_BYTES = 1024
 # RFC 9113 knows six; extensions a few more.
 MAX_SETTINGS = 32
 # Calls that ended here before their caller's last frame: what still comes for them is no fault.
@@ -58,9 +59,9 @@ class Control(Sending):
                 code = frames.FLOW_CONTROL_ERROR if credit else frames.PROTOCOL_ERROR
                 raise ConnectionFault(code, "the connection's window is wrong")
             if self._ready:
-                if credit < SMALL_CREDIT_BYTES:
-                    self._cheap += 1
-                self._pump()
+                first = next(iter(self._ready.values()))
+                if self.window >= min(first.pending_bytes, WORTHWHILE_BYTES):
+                    self._pump()
             return
         stream = self._streams.get(number)
         if stream is None:
@@ -72,9 +73,11 @@ class Control(Sending):
             code = frames.FLOW_CONTROL_ERROR if credit else frames.PROTOCOL_ERROR
             self._refuse(number, code, ended=stream.ended)
         elif stream.waiting:
-            if credit < SMALL_CREDIT_BYTES:
+            if stream.window >= min(stream.pending_bytes, WORTHWHILE_BYTES):
+                self.offer(stream)
+            elif self._stream_window < 2 * WORTHWHILE_BYTES:
                 self._cheap += 1
-            self.offer(stream)
+                self.offer(stream)  # its windows are never much larger
 
     def _settings(self, flags: int, number: int, payload: bytes) -> None:
         if number:

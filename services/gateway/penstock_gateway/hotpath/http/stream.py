@@ -242,20 +242,27 @@ class Stream:
         if not pending or size <= 0:
             return 0
         first = pending[0]
-        if size >= len(first):
-            size = len(first)
-            pending.popleft()
-        else:
+        if size < len(first):
+            data = [first[:size]]
             pending[0] = first[size:]
+        else:
+            data = [pending.popleft()]
+            left = size - len(first)
+            while pending and left:
+                more = pending.popleft()
+                if left < len(more):
+                    pending.appendleft(more[left:])
+                    more = more[:left]
+                data.append(more)
+                left -= len(more)
+            size -= left
         self.pending_bytes -= size
         self.window -= size
         connection = self._connection
         self.moved = connection.now
         last = self._end and not pending
         flags = frames.END_STREAM if last and not self._tail else 0
-        connection.write_parts(
-            (_PACK(size >> 8, size & 0xFF, frames.DATA, flags, self.id), first[:size]), size
-        )
+        connection.write_parts([_PACK(size >> 8, size & 0xFF, frames.DATA, flags, self.id), *data], size)
         if last:
             if self._tail:
                 connection.write_block(self.id, self._tail, end=True)
