@@ -42,7 +42,10 @@ _TIMEOUT = {
     "name": "x-request-timeout-ms",
     "in": "header",
     "required": False,
-    "description": "Milliseconds after which the caller no longer waits; 60 s if not given.",
+    "description": (
+        "Milliseconds after which the caller no longer waits; 60 s if not given. "
+        "A proxy's x-envoy-expected-rq-timeout-ms shortens it."
+    ),
     "schema": {"type": "integer", "minimum": 1, "maximum": 604800000},
 }
 _PRIORITY = {
