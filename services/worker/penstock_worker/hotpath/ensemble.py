@@ -63,6 +63,7 @@ class Ensemble:
             async with running([self._sender, tasks]):
                 watcher = RouteWatcher(channel, self._mesh.name, self._use)
                 tasks.run_forever("routes", watcher.run)
+                # For as long as a replica may take to load: its agent keeps that time.
                 await self._routed.wait()
                 yield
         finally:

@@ -72,7 +72,7 @@ class EnsembleServable:
             )
         self._thread = threading.Thread(target=self._run, args=(mesh,), name="ensemble", daemon=True)
         self._thread.start()
-        self._started.wait()
+        self._started.wait()  # for as long as a replica may take to load: its agent keeps that time
         if self._problem is not None:
             raise self._problem
 
