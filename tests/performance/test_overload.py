@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -46,9 +47,15 @@ def serve(mesh: Mesh, key: str, replicas: int = 1) -> str:
     return model
 
 
-def load(mesh: Mesh, key: str, *phases: tuple[float, float], deadline: float = DEADLINE_SECONDS) -> Trace:
+def load(
+    mesh: Mesh,
+    key: str,
+    *phases: tuple[float, float],
+    deadline: float = DEADLINE_SECONDS,
+    **parameters: int,
+) -> Trace:
     workload = WORKLOADS[key]
-    target = grpc_target(mesh.address, workload.model, workload.width)
+    target = grpc_target(mesh.address, workload.model, workload.width, **parameters)
     trace = run(target, [Phase(rate, seconds) for rate, seconds in phases], deadline=deadline, seed=11)
     if trace.lag > LAG_MS:
         pytest.skip(
@@ -104,3 +111,20 @@ def test_below_four_fifths_of_the_capacity_nobody_is_refused(mesh: Mesh) -> None
     print(f"at 80 %: {seen.outcomes}, p99 {seen.p99:.0f} ms")
     assert seen.refused == 0
     assert seen.goodput >= 0.999 * seen.offered
+
+
+def test_high_priority_is_answered_and_low_is_refused(mesh: Mesh) -> None:
+    serve(mesh, "sleep")
+    capacity = WORKLOADS["sleep"].max_batch / SLEEP_SECONDS
+    with ThreadPoolExecutor() as pool:
+        lows = pool.submit(load, mesh, "sleep", (1.5 * capacity, 8), priority=3)
+        highs = pool.submit(load, mesh, "sleep", (0.6 * capacity, 8), priority=1)
+        low, high = lows.result().between(1, 7), highs.result().between(1, 7)
+    print(
+        f"high at 60 %: {high.goodput / high.offered:.1%} of it in time, p99 {high.p99:.0f} ms; "
+        f"low at 150 %: {low.goodput / capacity:.0%} of capacity, {low.refused / low.offered:.0%} refused; "
+        f"{high.outcomes}, {low.outcomes}"
+    )
+    assert high.goodput >= 0.99 * high.offered
+    assert low.refused >= 0.5 * low.offered
+    assert high.goodput + low.goodput >= GOODPUT * capacity
