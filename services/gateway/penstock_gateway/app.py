@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import time
@@ -51,6 +52,8 @@ GC_OBJECTS = 20_000
 # Callers who are told to go elsewhere still send what they have begun.
 _FAREWELL_SECONDS = 0.5
 _LAST_SECONDS = 1.0
+# A gateway that shares its port listens when it can serve; if that takes longer, it listens to say why.
+_ABLE_SECONDS = 10.0
 _LOOK_SECONDS = 0.02
 STREAMS = frozenset(
     {
@@ -77,6 +80,7 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._drain_seconds = settings.gateway_drain_seconds
+        self._shares = settings.gateway_share_port
         self.name = settings.gateway_name or f"gateway-{uuid.uuid4().hex[:12]}"
         limit, timeout = settings.max_message_bytes, settings.gateway_default_timeout_seconds
         self._tasks = TaskSet()
@@ -147,7 +151,16 @@ class Gateway:
         self._tasks.run_forever("registry health", self._registry.look)
         self._tasks.run_forever("depths of queues", self._queues.run)
         self._tasks.run_forever("counters of the cache", CacheReport(self._statistics).run)
+        if self._shares:
+            await self._until_able()
         await self._server.start(self._listener)
+
+    async def _until_able(self) -> None:
+        """Wait until inferences can be queued: others answer on this port as long as this one does not."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ABLE_SECONDS):
+                while self._dispatcher.problem:  # noqa: ASYNC110 - it ends for many reasons, once in a life
+                    await asyncio.sleep(_LOOK_SECONDS)
 
     async def drain(self) -> None:
         """Take no new connections, let open calls end, as long as the settings allow.
