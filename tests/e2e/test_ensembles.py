@@ -170,6 +170,27 @@ def test_an_ensemble_deployed_before_its_steps_waits_for_them(
     client.undeploy("early")
 
 
+def test_an_ensemble_may_call_another(client: Client, digits: Digits, tmp_path: Path) -> None:
+    (tmp_path / "ensemble.yaml").write_text(
+        "outputs: [label, second_opinion]\n"
+        "steps:\n"
+        "- {model: digits, inputs: {image: picture}, outputs: {label: label}}\n"
+        "- {model: project, inputs: {input: picture}, outputs: {transformed: projected}}\n"
+        "- {model: 'forest:1', inputs: {input: projected}, outputs: {label: second_opinion}}\n"
+    )
+    client.push(tmp_path, model="twice")
+    client.deploy("twice")
+    client.wait_for_deployment("twice")
+    found = client.predict("twice", digits.images[:20])
+    np.testing.assert_array_equal(found["label"], digits.by_hand(digits.images[:20]))
+    np.testing.assert_array_equal(
+        found["second_opinion"], digits.forest.predict(digits.project.transform(digits.images[:20]))
+    )
+    only = client.predict("twice", digits.images[:2], outputs=["second_opinion"])
+    assert list(only) == ["second_opinion"]
+    client.undeploy("twice")
+
+
 def test_no_request_is_lost_when_replicas_of_steps_and_ensemble_are_killed(
     mesh: Mesh, client: Client, digits: Digits
 ) -> None:
