@@ -45,6 +45,8 @@ READ_SECONDS = 5
 SILENCE_SECONDS = 5.0
 RECOVER_ENTRIES = 256
 RECOVER_BYTES = 8 << 20
+# Among the replies: none, but all before it have been read.
+_MARK = b""
 
 # KEYS: one stream. ARGV: for each entry its id and its serialized header.
 # Result: for each entry 1 if it is still in the stream, else 0.
@@ -95,6 +97,7 @@ class RequestSender(Ledger):
         self._tasks = TaskSet()
         self._tried = asyncio.Event()
         self._lost = asyncio.Event()
+        self._caught_up = asyncio.Event()
 
     # ports.Sender
 
@@ -131,7 +134,7 @@ class RequestSender(Ledger):
         elif isinstance(reply, ConnectionLost):
             return  # the next session sends it again
         elif is_away(reply):
-            self._lost.set()
+            self._give_up()
         elif not waiting.gone:
             self._settle(waiting, _refusal(reply))
 
@@ -152,6 +155,8 @@ class RequestSender(Ledger):
     def _popped(self, reader: Connection, reply: Any) -> None:
         self._heard = time.monotonic()
         if isinstance(reply, list):
+            if reply[1] == _MARK:
+                self._caught_up.set()
             try:
                 replies = unpack_replies(reply[1])
             except ValueError as error:
@@ -160,7 +165,7 @@ class RequestSender(Ledger):
                 for one in replies:
                     self._answer(one)
         elif reply is not None:  # None: nothing came for READ_SECONDS
-            self._lost.set()
+            self._give_up()
             return
         self._reads -= 1
         if self._reads <= READS_AHEAD - READS_AGAIN:
@@ -172,6 +177,11 @@ class RequestSender(Ledger):
         for _ in range(READS_AHEAD - self._reads):
             reader.write(self._pop, popped)
         self._reads = READS_AHEAD
+
+    def _give_up(self) -> None:
+        """This session is over."""
+        self._lost.set()
+        self._caught_up.set()
 
     # Sessions: a pair of connections, from their beginning to the loss of one of them
 
@@ -198,10 +208,10 @@ class RequestSender(Ledger):
         """
         self._lost.clear()
         name = f"penstock-gateway:{self._gateway}"
-        writer = await Connection.connect(self._address, name, on_lost=self._lost.set)
+        writer = await Connection.connect(self._address, name, on_lost=self._give_up)
         reader = None
         try:
-            reader = await Connection.connect(self._address, name + ":replies", on_lost=self._lost.set)
+            reader = await Connection.connect(self._address, name + ":replies", on_lost=self._give_up)
             await self._end_former(writer, reader, name)
             self._epoch = await self._read_epoch(writer)
             held = list(self._waiting.values())
@@ -278,8 +288,10 @@ class RequestSender(Ledger):
 
         Without a confirmed write it may not be there: sent again. With one, it is there, or was moved by
         a reclaim, or was answered with a reply that got lost, or vanished with the data: sent again
-        unless it is there. A stream that has begun is left to its replica: it ends, or shows a gap.
+        unless it is there, or its reply is on its way. A stream that has begun is left to its replica: it
+        ends, or shows a gap.
         """
+        missing: list[Waiting] = []
         confirmed: dict[bytes, list[Waiting]] = {}
         for waiting in held:
             if waiting.gone or waiting.begun:
@@ -292,9 +304,27 @@ class RequestSender(Ledger):
             for chunk in _chunks(entries):
                 arguments = [part for w in chunk for part in (w.entry_id or b"", w.header)]
                 there = await writer.command("EVAL", _STILL_THERE, 1, stream, *arguments)
-                for waiting, found in zip(chunk, there, strict=True):
-                    if not found and not waiting.gone and not waiting.begun:
-                        self._send_again(waiting)
+                missing += [w for w, found in zip(chunk, there, strict=True) if not found and not w.gone]
+        if missing:
+            await self._catch_up(writer)
+            for waiting in missing:
+                if not waiting.gone and not waiting.begun:
+                    self._send_again(waiting)
+
+    async def _catch_up(self, writer: Connection) -> None:
+        """Wait until every reply is read that Redis has by now: a mark goes behind them into the list."""
+        self._caught_up.clear()
+        try:
+            await writer.command("RPUSH", self._replies_key, _MARK)
+        except hiredis.ReplyError:  # out of memory; what is sent once too often is answered once all the same
+            return
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self._caught_up.wait()
+        except TimeoutError as error:
+            raise ConnectionLost(self._address, "replies do not arrive") from error
+        if self._lost.is_set():
+            raise ConnectionLost(self._address, "lost again")
 
 
 def _chunks(entries: list[Waiting]) -> Iterable[list[Waiting]]:
