@@ -50,12 +50,14 @@ class Load:
         p50: Median latency in milliseconds.
         p99: 99th percentile in milliseconds.
         errors: Requests that failed.
+        requests: All it sent from its start to its end; 0 if it does not tell (perf_analyzer).
     """
 
     rate: float
     p50: float
     p99: float
     errors: int
+    requests: int = 0
 
 
 def closed_loop(door: Door, workload: Workload, concurrency: int, seconds: float, scratch: Path) -> Load:
@@ -133,7 +135,7 @@ def parse_wrk(output: str) -> Load:
         raise LoadFailed(f"wrk says {output[-200:]!r}")
     requests, microseconds, p50, p99, errors = (float(group) for group in match.groups())
     rate = max(0.0, requests - errors) / (microseconds / 1e6)
-    return Load(rate, p50 / 1000, p99 / 1000, int(errors))
+    return Load(rate, p50 / 1000, p99 / 1000, int(errors), int(requests))
 
 
 def _h2load(door: Door, concurrency: int, seconds: float, scratch: Path) -> Load:
@@ -164,7 +166,7 @@ def parse_h2load(log: str, seconds: float) -> Load:
         raise LoadFailed("h2load had no answer")
     errors = len(lines) - len(times)
     p50, p99 = (times[min(len(times) - 1, int(len(times) * share))] / 1000 for share in (0.5, 0.99))
-    return Load(len(times) / seconds, p50, p99, errors)
+    return Load(len(times) / seconds, p50, p99, errors, len(lines))
 
 
 def _say(command: list[str], environment: dict[str, str], seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from performance import direct, load
@@ -127,10 +127,21 @@ def _point(
         with CpuMeter(running.tree).running() as meter:
             seen = drive(plan.seconds)
     except (load.LoadFailed, CannotInstall) as error:
-        return Record(**{**vars(point), "failure": str(error)})
-    measured = {"cpu_per_1k": meter.cores() / seen.rate * 1000 if seen.rate else float("nan")}
-    measured |= {"pss_mib": running.tree.pss_mib()}
-    return Record(**{**vars(point), **vars(seen), **measured})
+        return replace(point, failure=str(error))
+    cost = float("nan")
+    if seen.requests:
+        cost = meter.total() / seen.requests * 1000
+    elif seen.rate:
+        cost = meter.cores() / seen.rate * 1000
+    return replace(
+        point,
+        rate=seen.rate,
+        p50=seen.p50,
+        p99=seen.p99,
+        errors=seen.errors,
+        cpu_per_1k=cost,
+        pss_mib=running.tree.pss_mib(),
+    )
 
 
 def describe(record: Record) -> str:

@@ -15,7 +15,10 @@ from typing import Self
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PROC = Path("/proc")
 # A sample reads /proc of every process of this machine: about 10 ms.
-_SAMPLE_SECONDS = 0.5
+_SAMPLE_SECONDS = 0.25
+# A load generator starts, asks for the model's metadata, and in the end writes its report.
+_BEFORE_SECONDS = 0.75
+_AFTER_SECONDS = 0.25
 
 
 class Tree:
@@ -123,20 +126,19 @@ class CpuMeter:
         finally:
             self._done.set()
             thread.join()
+            self._samples.append((time.monotonic(), self._tree.cpu_seconds()))
 
     def cores(self) -> float:
-        """Processor seconds per second, without the first and the last quarter.
-
-        A load generator takes a moment to start and to write its report.
-        """
-        if len(self._samples) < 2:
-            return float("nan")
-        begin, end = self._samples[0][0], self._samples[-1][0]
-        margin = (end - begin) / 4
-        inner = [s for s in self._samples if begin + margin <= s[0] <= end - margin]
+        """Processor seconds per second, without the generator's own first and last moments."""
+        begin, end = self._samples[0][0] + _BEFORE_SECONDS, self._samples[-1][0] - _AFTER_SECONDS
+        inner = [sample for sample in self._samples if begin <= sample[0] <= end]
         if len(inner) < 2:
-            inner = self._samples
+            return float("nan")
         return (inner[-1][1] - inner[0][1]) / (inner[-1][0] - inner[0][0])
+
+    def total(self) -> float:
+        """Processor seconds from begin to end."""
+        return self._samples[-1][1] - self._samples[0][1]
 
     def _run(self) -> None:
         while True:
