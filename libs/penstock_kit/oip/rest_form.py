@@ -35,7 +35,7 @@ class _Layout(NamedTuple):
 
 
 class RestForm:
-    """Decodes and encodes REST bodies of one version. One thread decodes, one encodes.
+    """Decodes and encodes REST bodies of one version.
 
     Args:
         table: The version's signature.
@@ -46,7 +46,6 @@ class RestForm:
         self._table = table
         self._version = version
         self._layouts: dict[bytes, _Layout] = {}
-        self._heads: dict[tuple[object, ...], bytes] = {}
 
     def decode(self, payload: bytes, json_length: int) -> InferRequest:
         """Return what a body asks for.
@@ -159,8 +158,6 @@ class RestForm:
         Raises:
             InvalidArgument: A BYTES output that is not UTF-8 was asked for as JSON.
         """
-        if not request.id and request.binary.issuperset(outputs):
-            return self._encode_binary(model_name, outputs)
         writer = JsonWriter()
         tensors: list[dict[str, Any]] = []
         document: dict[str, Any] = {"model_name": model_name, "model_version": self._version}
@@ -185,32 +182,6 @@ class RestForm:
         if not raws:
             return Encoded(body, 0)
         return Encoded(b"".join([body, *raws]), len(body))
-
-    def _encode_binary(self, model_name: str, outputs: Mapping[str, Array]) -> Encoded:
-        """Return a body whose tensors are all binary; its JSON is that of answers of the same shapes."""
-        raws = [to_raw(array) for array in outputs.values()]
-        shapes = [(name, array.shape) for name, array in outputs.items()]
-        key = (model_name, *shapes, *map(len, raws))
-        head = self._heads.get(key)
-        if head is None:
-            document = {
-                "model_name": model_name,
-                "model_version": self._version,
-                "outputs": [
-                    {
-                        "name": name,
-                        "datatype": self._table.outputs[name].datatype,
-                        "shape": list(shape),
-                        "parameters": {"binary_data_size": len(raw)},
-                    }
-                    for (name, shape), raw in zip(shapes, raws, strict=True)
-                ],
-            }
-            head = JsonWriter().dumps(document)
-            if len(self._heads) >= _MOST_REPEATED:
-                self._heads.clear()
-            self._heads[key] = head
-        return Encoded(b"".join([head, *raws]), len(head) if raws else 0)
 
 
 def _objects(document: dict[str, Any], key: str, *, required: bool = False) -> list[dict[str, Any]]:
