@@ -2,7 +2,7 @@
 
 import pytest
 
-from penstock_gateway.hotpath.http import frames
+from penstock_gateway.hotpath.http import control, frames
 from support.http_world import GRPC, Peer, Reset, ToyWorld, data, exchange, grpc
 
 OK = frames.END_HEADERS | frames.END_STREAM
@@ -144,7 +144,6 @@ class TestStreams:
         peer.send(peer.head(1, "/app/early"))
         answer = await peer.answer(1)
         assert (answer.status, answer.body) == (413, b"no need")
-        await peer.until(lambda: peer.answers[1].code == frames.NO_ERROR)
         trailers = bytes(peer.encoder.encode([(b"x-sum", b"1")]))
         peer.send(data(1, b"x" * 1000), data(1, b""), frames.frame(frames.HEADERS, OK, 1, trailers))
         # Its trailers changed the table, which must not be lost.
@@ -152,6 +151,22 @@ class TestStreams:
         assert (await peer.answer(3)).status == 200
         peer.send(data(1, b"x"))
         assert await peer.end_code() == frames.STREAM_CLOSED
+
+    async def test_a_caller_that_was_answered_early_may_send_on_for_a_while(self, world: ToyWorld) -> None:
+        """Some read no answer before they have sent all, some take a reset for a failure."""
+        peer = await Peer.connect(world)
+        peer.send(peer.head(1, "/app/early"), peer.head(3, "/app/early", GRPC))
+        await peer.until(lambda: 3 in peer.answers and peer.answers[3].code == frames.NO_ERROR)
+        assert peer.answers[1].ended
+        for _ in range(64):
+            peer.send(data(1, bytes(16_384)))
+        await peer.until(lambda: peer.credit.get(1, 0) >= 1 << 19)
+        assert peer.answers[1].code is None
+        world.pass_time(control.SPARE_SECONDS + 1)
+        await peer.until(lambda: peer.answers[1].code == frames.NO_ERROR)
+        assert peer.answers[1].status == 413
+        peer.send(data(1, b"x"))
+        await peer.is_alive()
 
     async def test_even_and_falling_numbers_end_the_connection(self, world: ToyWorld) -> None:
         peer = await Peer.connect(world)

@@ -20,6 +20,11 @@ WORTHWHILE_BYTES = 1024
 MAX_SETTINGS = 32
 # Calls that ended here before their caller's last frame: what still comes for them is no fault.
 _MAX_DISMISSED = 2 * MAX_STREAMS
+# A caller that was answered before it had sent all may go on for so long, and send so much: some read
+# no answer before, and others take a reset for a failure of the call.
+SPARE_SECONDS = 2.0
+SPARE_BYTES = 1 << 26
+SPARE_CREDIT_BYTES = 1 << 18
 _MASK = frames.STREAM_MASK
 
 
@@ -31,6 +36,23 @@ class ConnectionFault(Exception):
         self.code = code
 
 
+class Spared:
+    """A caller that was answered and may still send.
+
+    Attributes:
+        until: Time of the loop.
+        left: Bytes that it may be allowed.
+        came: Bytes that came since it was last allowed more.
+    """
+
+    __slots__ = ("came", "left", "until")
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.left = SPARE_BYTES
+        self.came = 0
+
+
 class Control(Sending):
     """The streams of a connection, and what its peer says about them beside heads and bodies."""
 
@@ -40,6 +62,8 @@ class Control(Sending):
         self._dismissed: dict[int, None] = {}
         # The highest stream that `_dismissed` had to forget.
         self._forgotten = 0
+        # Of those that ended before, the ones that may go on.
+        self._spared: dict[int, Spared] = {}
         # The highest stream that the peer opened.
         self._last = 0
         self._greeted = False
@@ -130,6 +154,7 @@ class Control(Sending):
             raise ConnectionFault(frames.PROTOCOL_ERROR, f"stream {number} is not open")
         self._cheap += 1
         self._dismissed.pop(number, None)
+        self._spared.pop(number, None)
         self._drop(number)
         self._maybe_close()
 
@@ -166,15 +191,36 @@ class Control(Sending):
         """Return whether no call was ever begun with a number."""
         return number > self._last or not number % 2
 
-    def _stray(self, number: int, *, ends: bool) -> None:
+    def _stray(self, number: int, length: int = 0, *, ends: bool) -> None:
         """Look at a frame for a call that is over. It is no fault if its caller may not know that yet."""
         if self._idle(number):
             raise ConnectionFault(frames.PROTOCOL_ERROR, f"stream {number} is not open")
         if number in self._dismissed:
             if ends:
                 del self._dismissed[number]
+                self._spared.pop(number, None)
+            elif length and number in self._spared:
+                self._let_go_on(number, self._spared[number], length)
         elif number > self._forgotten:
             raise ConnectionFault(frames.STREAM_CLOSED, f"stream {number} is closed")
+
+    def _spare(self, number: int) -> None:
+        """Let a caller that was answered send the rest of its body, as long as that is not long."""
+        self._dismiss(number)
+        self._spared[number] = Spared(self.now + SPARE_SECONDS)
+
+    def _let_go_on(self, number: int, spared: Spared, length: int) -> None:
+        spared.came += length
+        if spared.came >= SPARE_CREDIT_BYTES and spared.left >= spared.came:
+            self.write(frames.window_update(number, spared.came))
+            spared.left -= spared.came
+            spared.came = 0
+
+    def _end_spared(self, now: float) -> None:
+        """Tell those that went on for too long that nobody needs it (RFC 9113, section 8.1)."""
+        for number in [number for number, spared in self._spared.items() if now > spared.until]:
+            del self._spared[number]
+            self.write(frames.reset(number, frames.NO_ERROR))
 
     def _dismiss(self, number: int) -> None:
         """Remember that a call ended before its caller's last frame."""
@@ -182,6 +228,7 @@ class Control(Sending):
         if len(dismissed) >= _MAX_DISMISSED:
             oldest = next(iter(dismissed))
             del dismissed[oldest]
+            self._spared.pop(oldest, None)
             self._forgotten = max(self._forgotten, oldest)
         dismissed[number] = None
 

@@ -266,7 +266,7 @@ class Http2Connection(Control):
             self._received = 0
         stream = self._streams.get(number)
         if stream is None:
-            self._stray(number, ends=ends)
+            self._stray(number, length, ends=ends)
             return
         if stream.ended:
             self._refuse(number, frames.STREAM_CLOSED, ended=True)
@@ -426,9 +426,12 @@ class Http2Connection(Control):
         """Forget a call whose whole answer is written."""
         self._streams.pop(stream.id, None)
         if not stream.ended:
-            # The caller need not send the rest (RFC 9113, section 8.1).
-            self.write(frames.reset(stream.id, frames.NO_ERROR))
-            self._dismiss(stream.id)
+            if stream.head.fields.get(b"content-type", b"").startswith(hpack.GRPC_TYPE):
+                # The caller need not send the rest (RFC 9113, section 8.1), as all of gRPC's know.
+                self.write(frames.reset(stream.id, frames.NO_ERROR))
+                self._dismiss(stream.id)
+            else:
+                self._spare(stream.id)
         if stream.held:
             stream.close()
         if self._farewell:
@@ -472,6 +475,8 @@ class Http2Connection(Control):
         self._look_at_socket(now)
         if self._closing:
             return
+        if self._spared:
+            self._end_spared(now)
         if self._open_head is not None and now - self._head_since > HEAD_SECONDS:
             self._fail(frames.ENHANCE_YOUR_CALM, "a head did not end in time")
         elif not self._greeted and now - self._began > HEAD_SECONDS:
