@@ -25,13 +25,14 @@ from support.chaos.faults import (
     Again,
     Fault,
     ForgetAll,
+    KillUnit,
     PauseRedis,
     pause_replica,
     pause_unit,
     ready_replicas,
     strike,
 )
-from support.chaos.history import History
+from support.chaos.history import OK, History, calls
 from support.chaos.storm import Report, Storm
 from support.chaos.traffic import Caller, GrpcCaller, HttpCaller, SdkCaller, StreamCaller
 from support.mesh_process import Mesh
@@ -136,6 +137,27 @@ async def test_a_stopped_gateway_delays_its_callers_and_fails_none(mesh: Mesh, s
     await survive(mesh, storm, pause_unit(mesh, "gateway-1"), PAUSE_SECONDS)
 
 
+async def test_a_gateway_killed_beside_another_fails_only_the_calls_that_it_had_open(
+    mesh: Mesh, storm: Storm
+) -> None:
+    plain: list[Caller] = [GrpcCaller("echo") for _ in range(16)]
+    report = await storm.run(
+        mesh.address, plain, lambda history: strike(KillUnit(mesh, "gateway-1"), history, 1.0)
+    )
+    report.must_be_good()
+    failed = [call for call in calls(storm.path) if call.code != OK]
+    (killed,) = report.strikes
+    assert len({call.id.split("-")[1] for call in failed}) == len(failed), "one for each caller at most"
+    # The moment of the kill lies between these two.
+    assert all(call.began <= killed.done and call.ended >= killed.began for call in failed)
+    sdk = [SdkCaller("echo") for _ in range(16)]
+    report = await storm.run(
+        mesh.address, sdk, lambda history: strike(KillUnit(mesh, "gateway-2"), history, 1.0)
+    )
+    report.must_be_good()
+    assert report.verdict.failures() == 0, "our own client retries them"
+
+
 async def test_calls_that_wait_for_a_deployment_that_is_deleted_are_answered_at_once(
     mesh: Mesh, tmp_path: Path
 ) -> None:
@@ -156,13 +178,13 @@ async def test_calls_that_wait_for_a_deployment_that_is_deleted_are_answered_at_
     try:
         async with grpc.aio.insecure_channel(mesh.address) as channel:
             infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-            calls = [infer(request.SerializeToString(), timeout=60) for _ in range(8)]
-            await asyncio.wait([asyncio.ensure_future(call.code()) for call in calls], timeout=1)
-            assert not any(call.done() for call in calls)
+            waiting = [infer(request.SerializeToString(), timeout=60) for _ in range(8)]
+            await asyncio.wait([asyncio.ensure_future(call.code()) for call in waiting], timeout=1)
+            assert not any(call.done() for call in waiting)
             await asyncio.to_thread(delete)
             os.kill(pid, signal.SIGKILL)
             began = time.monotonic()
-            codes = await asyncio.gather(*(call.code() for call in calls))
+            codes = await asyncio.gather(*(call.code() for call in waiting))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
