@@ -131,19 +131,6 @@ def test_a_request_whose_deadline_passes_while_its_batch_fails_is_not_computed_a
     assert isinstance(outcomes[1].result, DeadlineExceeded)
 
 
-def test_what_cannot_be_answered_in_time_leaves_its_place_to_others() -> None:
-    run, model = executor(double)
-    short, long = work([[1, 1]], seconds=1.0), work([[2, 2]], seconds=60.0)
-    dropped, computed = run.run([short, long], seconds=5.0)
-    assert isinstance(dropped.result, DeadlineExceeded)
-    assert (dropped.request, computed.request) == (short.request, long.request)
-    assert not isinstance(computed.result, Exception)
-    # Alone it is tried: how long the model takes now is known only by calling it.
-    (tried,) = run.run([short], seconds=5.0)
-    assert not isinstance(tried.result, Exception)
-    assert model.rows == [1, 1]
-
-
 @pytest.mark.parametrize("length", [2**19, 2**21])
 def test_requests_that_do_not_fit_into_memory_together_are_computed_one_by_one(length: int) -> None:
     run, model = executor(

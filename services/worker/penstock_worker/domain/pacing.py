@@ -1,118 +1,169 @@
-"""Whether a model that is free should wait a moment for more requests, when some wait already.
+"""How large a batch may be, and whether a free model should wait for more requests when some wait already.
 
-Callers that were answered together tend to come back together. Taking the first that is back leaves the
-others to the next call, and the model alternates between small batches. It pays to wait for them if
+Both follow from what is measured: the model's curve (see `curve`) and when requests come (see `returns`).
 
-    expected / (seconds(expected) + delay)  >  margin × waiting / seconds(waiting)
+**Waiting.** Callers that were answered together come back together. Taking the first that is back leaves the
+others to the next call, and the model alternates between small batches. With w rows waiting, and c rows that
+are expected within d seconds,
 
-where `seconds` is the measured curve of the model, `expected` the requests that were in the replica when the
-last call ended (those computed and those waiting), and `delay` the measured time until they are back. At low
-load nobody is expected, so nobody waits. Where callers do not come back in time, it stops trying, and tries
-again now and then.
+    begin now         w + c rows in  seconds(w) + seconds(c)
+    wait d seconds    w + c rows in  d + seconds(w + c)
+
+and it waits for the d that gains most, if it gains anything. At low load nobody is expected back, so nobody
+waits; where a full batch waits already, neither. Nor is a steady stream waited for, of callers who send
+whether they are answered or not: it never ends. A crowd that comes back comes faster after an answer than it
+does on average.
+
+**Size.** The manifest's limit binds. An objective for the latency limits it further: a request may come just
+when a call has begun, so that two calls must fit. And no batch grows beyond what its most urgent member
+bears (see `batching`); nor does waiting.
 """
 
 from __future__ import annotations
 
-import bisect
+import dataclasses
+
+from penstock_worker.domain.curve import LatencyCurve
+from penstock_worker.domain.returns import EDGES, Returns
 
 # What a wait must promise: estimates are rough, and a wait is certain.
-_MARGIN = 1.1
-# Of new measurements in the running averages.
+_MARGIN = 1.05
+# A return that is likelier than this is worth looking at.
+_EXPECTED_ROWS = 0.2
+# Of those who come during a wait, so many must be more than come at any time: less may be chance.
+_CROWDED = 0.4
+# Between the last row's arrival and the end of a wait: more than a thread needs to wake up.
+_SLACK_SECONDS = 0.0003
+# Less than this is no wait: falling asleep and waking up takes longer.
+_SHORTEST_SECONDS = 0.00005
+# Batches after which the limit for the objective is looked at again.
+_REVIEW_CALLS = 16
+# Of the last batch in the running averages that are shown.
 _WEIGHT = 0.2
-_FIRST_DELAY_SECONDS = 0.002
-_LONGEST_SECONDS = 0.010
-# Below this share of kept promises no more waits, but for one in so many calls.
-_TRUST = 0.35
-_RETRY_CALLS = 32
+# Where more than this share of batches was full, with more waiting, the model is the bottleneck.
+_SATURATED = 0.8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Policy:
+    """What the pacer has chosen, for people to look at. Times are seconds."""
+
+    max_rows: int
+    """Rows in one call at most, now."""
+    objective: float
+    """Latency that was asked for; 0 for none."""
+    expected_rows: float
+    """Rows in a batch, as a running average."""
+    pause: float
+    """How long the free model waited for more requests, as a running average."""
+    saturated: bool
+    """Whether the model is the bottleneck: batches are full, and more waits."""
+    curve: tuple[tuple[int, float], ...]
+    """The measured curve: rows and seconds."""
 
 
 class Pacer:
-    """Learns a model's curve and its callers' habits. Times are seconds.
+    """Chooses how large batches are, and how long to wait for them. Not for several threads.
 
     Args:
+        curve: The model's.
         max_rows: Rows in one call at most.
-        seconds_of_one: Time of a call with one row, as the warm-up measured it; 0 if unknown.
-        seconds_of_max: Time of a full one.
+        objective: Latency in seconds that most requests should keep, from queueing to answer; 0 for none.
     """
 
-    def __init__(self, max_rows: int, seconds_of_one: float, seconds_of_max: float) -> None:
+    def __init__(self, curve: LatencyCurve, max_rows: int, objective: float = 0.0) -> None:
+        self.curve = curve
+        self.returns = Returns()
+        self.limit = max_rows
+        """Rows in one call at most, now."""
         self._max_rows = max_rows
-        # By the number of bits of the rows: rows and seconds, as running averages.
-        self._curve: dict[int, tuple[float, float]] = {}
-        if seconds_of_one and seconds_of_max:
-            self._curve[1] = (1.0, seconds_of_one)
-            self._curve[max_rows.bit_length()] = (float(max_rows), seconds_of_max)
-        self._expected = 0
-        self._delay = _FIRST_DELAY_SECONDS
-        self._trust = 1.0
+        self._objective = objective
         self._calls = 0
-        self._first_waiting = 0
+        self._rows = 0.0
+        self._pause = 0.0
+        self._full = 0.0
+        self._review()
 
-    def computed(self, rows: int, seconds: float) -> None:
-        """Learn how long a call took."""
-        rows = min(rows, self._max_rows)
-        known_rows, known = self._curve.get(rows.bit_length(), (float(rows), seconds))
-        self._curve[rows.bit_length()] = (
-            known_rows + _WEIGHT * (rows - known_rows),
-            known + _WEIGHT * (seconds - known),
-        )
+    @property
+    def saturated(self) -> bool:
+        """Whether more comes than the model can compute, and not only for a moment."""
+        return self._full > _SATURATED
 
-    def ended(self, rows: int, waiting: int) -> None:
-        """Say that a call with so many rows has ended while so many waited."""
-        self._expected = min(self._max_rows, rows + waiting)
-        self._calls += 1
-        self._first_waiting = 0
-
-    def seconds(self, rows: int) -> float:
-        """Return how long a call of so many rows is likely to take; 0 if unknown."""
-        points = sorted(self._curve.values())
-        if not points:
-            return 0.0
-        at = bisect.bisect_left(points, (float(rows), 0.0))
-        if at == 0:
-            return points[0][1]
-        if at == len(points):
-            return points[-1][1] * rows / points[-1][0]
-        (low, fast), (high, slow) = points[at - 1], points[at]
-        return fast + (slow - fast) * (rows - low) / max(high - low, 1e-9)
-
-    def pause(self, waiting: int, elapsed: float) -> float:
-        """Return how long to wait yet; 0 to begin now.
+    def begun(self, rows: int, waiting: int, paused: float) -> None:
+        """Say that a call begins.
 
         Args:
-            waiting: Rows that wait, at least 1.
-            elapsed: Time since the model was free and something waited.
+            rows: Its rows.
+            waiting: Rows that wait beside it.
+            paused: How long the model waited for more before it.
         """
-        if not self._first_waiting:
-            if waiting >= self._expected or not self._worth_trying() or not self._pays(waiting):
-                return 0.0
-            self._first_waiting = waiting
-        limit = min(_LONGEST_SECONDS, 2 * self._delay, self._break_even(self._first_waiting))
-        if waiting < self._expected and elapsed < limit:
-            return limit - elapsed
-        self._learn(waiting, elapsed)
-        return 0.0
+        self._rows += _WEIGHT * (rows - self._rows)
+        self._pause += _WEIGHT * (paused - self._pause)
+        full = rows >= self.limit and (waiting > 0 or self.limit > 1)
+        self._full += _WEIGHT * (full - self._full)
 
-    def _worth_trying(self) -> bool:
-        return self._trust >= _TRUST or self._calls % _RETRY_CALLS == 0
+    def computed(self, rows: int, seconds: float, now: float) -> None:
+        """Learn from a call that has just ended; its answers go out now."""
+        self.curve.measured(rows, seconds)
+        self.returns.answered(now, rows)
+        self._calls += 1
+        if self._calls % _REVIEW_CALLS == 0:
+            self._review()
 
-    def _pays(self, waiting: int) -> bool:
-        now, later = self.seconds(waiting), self.seconds(self._expected)
-        if not now or not later:
-            return False
-        return self._expected / (later + self._delay) > _MARGIN * waiting / now
+    def pause(self, now: float, waiting: int, since: float, due: float) -> tuple[float, int]:
+        """Return how long to wait for more: seconds (0 to begin now), and for how many rows at most.
 
-    def _break_even(self, waiting: int) -> float:
-        return max(0.0, self._expected * self.seconds(waiting) / waiting - self.seconds(self._expected))
+        Args:
+            now: The time.
+            waiting: Rows that wait, at least 1.
+            since: When the oldest of them was queued, on the clock of `now`.
+            due: When the most urgent of them must be answered.
+        """
+        latest = min(due, since + self._objective) if self._objective else due
+        returns = self.returns
+        elapsed = now - returns.answered_at
+        if waiting >= self.limit or elapsed > EDGES[-1] or not returns.answered_rows:
+            return 0.0, 0
+        answered = returns.answered_rows
+        alone = self.curve.seconds(waiting)
+        # What is back already is not expected again, however early it came.
+        gone = answered * returns.share(elapsed)
+        to_come = answered * returns.share(elapsed + alone) - max(gone, returns.arrived_rows)
+        if to_come < _EXPECTED_ROWS or not alone:
+            return 0.0, 0
+        steady = answered * returns.rate()
+        best, chosen, rows = 1.0, 0.0, 0
+        for edge in EDGES:
+            pause = edge + _SLACK_SECONDS - elapsed
+            if pause <= _SHORTEST_SECONDS:
+                continue
+            if pause > alone:
+                break
+            more = min(to_come, answered * returns.share(edge) - gone)
+            # Those who come all the time, after the wait as well as during it, are no reason for it.
+            if more < _EXPECTED_ROWS or more - steady * pause < _CROWDED * more:
+                continue
+            size = min(float(self.limit), waiting + more)
+            seconds = self.curve.seconds(size)
+            if now + pause + seconds > latest:
+                break
+            apart = (waiting + more) / (alone + self.curve.seconds(more))
+            gain = size / (seconds + pause) / apart
+            if gain > max(best, _MARGIN):
+                best, chosen, rows = gain, pause, min(self.limit, waiting + max(1, round(to_come)))
+        return chosen, rows
 
-    def _learn(self, waiting: int, elapsed: float) -> None:
-        hoped = self._expected - self._first_waiting
-        came = min(1.0, (waiting - self._first_waiting) / hoped) if hoped > 0 else 1.0
-        self._trust += _WEIGHT * (came - self._trust)
-        if waiting >= self._expected:
-            self._delay += _WEIGHT * (elapsed - self._delay)
-        elif came > 0.5:
-            # Some were late: give them more time.
-            self._delay = min(_LONGEST_SECONDS / 2, self._delay * 1.25)
-        self._expected = 0
-        self._first_waiting = 0
+    def policy(self) -> Policy:
+        """Return what is chosen now."""
+        return Policy(
+            max_rows=self.limit,
+            objective=self._objective,
+            expected_rows=self._rows,
+            pause=self._pause,
+            saturated=self.saturated,
+            curve=tuple(self.curve.points()),
+        )
+
+    def _review(self) -> None:
+        if self._objective and self.curve.points():
+            self.limit = min(self._max_rows, self.curve.rows_within(self._objective / 2))

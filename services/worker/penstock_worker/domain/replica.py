@@ -54,6 +54,8 @@ class BatchingPolicy:
     """How long a request may wait for others; 0 takes what is waiting."""
     pad_variable_dimensions: bool = False
     """Pad -1 dimensions beyond the batch to the longest in the batch with zeros."""
+    latency_objective_microseconds: int = 0
+    """Time from queueing to answer that most requests should keep; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,9 +20,6 @@ from penstock_kit.queue.messages import Request
 from penstock_worker.domain.runtime import Batch, Servable
 
 _MESSAGE_LENGTH = 2000
-# A request with less time left than this part of what a call usually takes is not computed. Calls differ,
-# and one without it is a little faster.
-_HOPELESS = 0.75
 # Not all of BaseException: a signal may end the replica while a model warms up. SIGINT is ignored there.
 _RAISED_BY_MODELS = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
 
@@ -105,36 +102,20 @@ class Executor:
             return tuple(inputs)
         return tuple([(name, array.shape[1:]) for name, array in inputs.items()])
 
-    def run(self, batch: Sequence[Work], seconds: float = 0.0) -> list[Outcome]:
+    def run(self, batch: Sequence[Work]) -> list[Outcome]:
         """Compute requests of one key; those past their deadline are dropped first.
 
         Never raises for what the model does: each request has its own outcome, in the order given.
-
-        Args:
-            batch: The requests.
-            seconds: How long a call with them is likely to take; 0 if unknown. Those that cannot be
-                answered in time then are dropped too, unless that leaves nobody: how long it takes now is
-                found out only by calling the model.
         """
         start = time.time_ns()
+        now = start // 1000
         outcomes: list[Outcome] = []
         alive: list[Work] = []
-        now = start // 1000
         for work in batch:
             if work.request.header.deadline_unix_micros <= now:
                 outcomes.append(expired(work.request, work.started_ns))
             else:
                 alive.append(work)
-        if seconds and len(alive) > 1:
-            answered = now + int(seconds * _HOPELESS * 1e6)
-            hopeful = [work for work in alive if work.request.header.deadline_unix_micros > answered]
-            if hopeful:
-                outcomes += [
-                    expired(work.request, work.started_ns)
-                    for work in alive
-                    if work.request.header.deadline_unix_micros <= answered
-                ]
-                alive = hopeful
         if alive:
             outcomes += self._run(alive, start)
         return outcomes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import threading
 import time
 from collections import deque
@@ -20,23 +22,49 @@ _LEAD_SECONDS = 0.002
 _SLEEP_SECONDS = 0.25
 
 
+@dataclasses.dataclass(slots=True)
+class Waiting:
+    """A request that was read and decoded. Times are those of `time.monotonic`."""
+
+    work: Work
+    key: Hashable
+    """Its bucket, see `BatchQueue.add`."""
+    since: float
+    """When it was queued."""
+    due: float
+    """When its caller stops waiting."""
+
+
+@dataclasses.dataclass(slots=True)
+class Batch:
+    """What is to be computed next."""
+
+    works: list[Work]
+    late: list[Work]
+    """Not to be computed: their deadlines would pass meanwhile."""
+
+
 class Intake:
     """At most one batch that waits beside the one that is computed.
 
     Args:
         queue: The batches; only this object touches it.
         read_limit: Requests to read at once at most.
-        max_rows: Rows that make a full batch.
-        pacer: Says when a free model should wait for more.
+        pacer: Says how large a batch may be, and when a free model should wait for more. Only this object
+            touches it, and who holds its lock.
     """
 
-    def __init__(self, queue: BatchQueue[Work], read_limit: int, max_rows: int, pacer: Pacer) -> None:
+    def __init__(self, queue: BatchQueue[Work], read_limit: int, pacer: Pacer) -> None:
         self._queue = queue
         self._suspects: deque[Request] = deque()
         self._read_limit = read_limit
-        self._max_rows = max_rows
         self._pacer = pacer
-        self._changed = threading.Condition()
+        self.lock = threading.Lock()
+        """Held while the pacer is looked at or changed."""
+        self._arrived = threading.Condition(self.lock)
+        self._emptied = threading.Condition(self.lock)
+        # So many rows wake the computing thread up; fewer are not what it waits for.
+        self._wanted = 1
         self._closed = False
         # time.monotonic() when the model will be free, as far as known; 0 while it is.
         self._busy_until = 0.0
@@ -44,11 +72,11 @@ class Intake:
     def room(self, timeout: float) -> int:
         """Wait until more should be read; return how many requests, 0 if `timeout` seconds pass first."""
         deadline = time.monotonic() + timeout
-        with self._changed:
+        with self.lock:
             while True:
                 now = time.monotonic()
-                room = self._read_limit - len(self._queue) - len(self._suspects)
-                if room > 0 and self._queue.rows < self._max_rows and not self._suspects:
+                room = min(self._read_limit, self._pacer.limit) - len(self._queue)
+                if room > 0 and self._queue.rows < self._pacer.limit and not self._suspects:
                     pause = self._busy_until - _LEAD_SECONDS - now
                     if pause <= 0:
                         return room
@@ -56,49 +84,72 @@ class Intake:
                     pause = deadline - now
                 if now >= deadline:
                     return 0
-                self._changed.wait(min(pause, deadline - now))
+                self._emptied.wait(min(pause, deadline - now))
 
-    def put(self, works: Iterable[tuple[Work, Hashable, float]], suspects: Iterable[Request]) -> None:
-        """Add what was read: work with its bucket and the time it was queued, and suspects."""
-        with self._changed:
-            for work, key, since in works:
-                self._queue.add(work, key, work.infer.rows, since)
+    def put(self, arrived: Iterable[Waiting], suspects: Iterable[Request]) -> None:
+        """Add what was read."""
+        with self.lock:
+            for one in arrived:
+                rows = one.work.infer.rows
+                self._queue.add(one.work, one.key, rows, one.since, one.due)
+                self._pacer.returns.arrived(one.since, rows)
             self._suspects.extend(suspects)
-            self._changed.notify_all()
+            if self._suspects or self._queue.rows >= self._wanted:
+                self._arrived.notify()
 
-    def take(self) -> list[Work] | Request | None:
-        """Wait for the next batch or suspect; None once closed and empty."""
-        with self._changed:
+    def take(self, *, wait: bool) -> Batch | Request | None:
+        """Take the next batch or suspect.
+
+        Args:
+            wait: Whether to wait for one. Without, None says that none should begin now.
+
+        Returns:
+            None, with `wait`: it is closed and empty.
+        """
+        with self.lock:
             self._busy_until = 0.0
-            self._changed.notify_all()
-            ready_since = 0.0
+            self._emptied.notify()
+            paused_since = 0.0
             while True:
                 if self._suspects:
                     return self._suspects.popleft()
                 now = time.monotonic()
                 if self._closed:
-                    return self._queue.take(float("inf")) or None
+                    return self._next(now, 0.0) if len(self._queue) else None
                 left = self._queue.seconds_left(now)
+                self._wanted = 1
                 if left == 0.0:
-                    ready_since = ready_since or now
-                    left = self._pacer.pause(self._queue.rows, now - ready_since)
+                    paused_since = paused_since or now
+                    left, self._wanted = self._pacer.pause(now, self._queue.rows, *self._queue.urgency())
                     if not left:
-                        return self._queue.take(now)
-                self._changed.wait(_SLEEP_SECONDS if left is None else min(left, _SLEEP_SECONDS))
+                        return self._next(now, now - paused_since)
+                if not wait:
+                    return None
+                self._arrived.wait(_SLEEP_SECONDS if left is None else min(left, _SLEEP_SECONDS))
 
-    def computing(self, seconds: float) -> None:
-        """Say that the model is busy from now on, for so long as far as known."""
-        with self._changed:
-            self._busy_until = time.monotonic() + seconds
-            self._changed.notify_all()
+    def computing(self, rows: int) -> None:
+        """Say that the model is busy with so many rows from now on."""
+        with self.lock:
+            self._busy_until = time.monotonic() + self._pacer.curve.seconds(rows)
+            self._emptied.notify()
 
-    def computed(self, rows: int) -> None:
-        """Say that a call of the model with so many rows has ended."""
-        with self._changed:
-            self._pacer.ended(rows, self._queue.rows)
+    def computed(self, rows: int, seconds: float) -> None:
+        """Say that a call of the model with so many rows has ended, and its answers go out."""
+        with self.lock:
+            self._pacer.computed(rows, seconds, time.monotonic())
 
     def close(self) -> None:
         """Say that nothing more comes."""
-        with self._changed:
+        with self.lock:
             self._closed = True
-            self._changed.notify_all()
+            self._arrived.notify()
+            self._emptied.notify()
+
+    def _next(self, now: float, paused: float) -> Batch:
+        pacer = self._pacer
+        if self._closed:  # nothing is waited for any more, the others' company included
+            works, late = self._queue.take(math.inf, pacer.limit)
+        else:
+            works, late = self._queue.take(now, pacer.limit, pacer.curve.seconds, saturated=pacer.saturated)
+        pacer.begun(sum([work.infer.rows for work in works]), self._queue.rows, paused)
+        return Batch(works, late)

@@ -133,6 +133,7 @@ def _serving(
         loaded.executor,
         answering,
         max_delay_seconds=config.batching.max_delay_microseconds / 1e6,
+        objective_seconds=config.batching.latency_objective_microseconds / 1e6,
         seconds_of_one=loaded.seconds_of_one,
         seconds_of_max=loaded.seconds_of_max,
         drain_seconds=config.drain_seconds,

@@ -17,16 +17,17 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 from penstock_kit.errors import Unavailable
 from penstock_kit.queue.messages import Request
 from penstock_kit.queue.ports import Reader
 from penstock_worker.domain.batching import BatchQueue
-from penstock_worker.domain.pacing import Pacer
+from penstock_worker.domain.curve import LatencyCurve
+from penstock_worker.domain.pacing import Pacer, Policy
 from penstock_worker.hotpath.answering import Answering
-from penstock_worker.hotpath.execution import Call, Executor, Outcome, Work, expired
-from penstock_worker.hotpath.intake import Intake
+from penstock_worker.hotpath.execution import Call, Executor, Outcome, Work, expired, late
+from penstock_worker.hotpath.intake import Batch, Intake, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ _READ_LIMIT = 128
 # Batches whose answers wait for the sending thread; more would only hide that Redis is slow.
 _ANSWERS_WAITING = 4
 _RETRY_SECONDS = 0.1
+# Of the difference between a request's age and the least one, what is added to the latter.
+_DRIFT = 1e-4
+
+_Computed = tuple[list[Outcome], list[Call]]
 
 
 class Serving:
@@ -55,6 +60,7 @@ class Serving:
         executor: The model; it is used on the thread that calls `run`.
         answering: Decodes requests and sends answers.
         max_delay_seconds: How long a request may wait for others to join it.
+        objective_seconds: Latency that most requests should keep; 0 for none.
         seconds_of_max: Time of a full batch, as the warm-up measured it.
         seconds_of_one: Time of one row.
         drain_seconds: How long it may go on after `stop`.
@@ -67,6 +73,7 @@ class Serving:
         answering: Answering,
         *,
         max_delay_seconds: float,
+        objective_seconds: float,
         seconds_of_one: float,
         seconds_of_max: float,
         drain_seconds: float,
@@ -84,7 +91,11 @@ class Serving:
         self._last_request = 0.0
         self._slow_calls = 0
         self._failure: BaseException | None = None
-        self._pacer = Pacer(executor.max_rows, seconds_of_one, seconds_of_max)
+        curve = LatencyCurve(executor.max_rows, seconds_of_one, seconds_of_max)
+        self._pacer = Pacer(curve, executor.max_rows, objective_seconds)
+        self._intake: Intake | None = None
+        # The least time from a gateway's clock to ours that was seen: what clocks differ, and the way.
+        self._least_age = math.inf
 
     def stop(self) -> None:
         """End after what is queued is answered. May be called from a signal handler."""
@@ -106,6 +117,15 @@ class Serving:
             )
         self._run_overlapped()
 
+    def policy(self) -> Policy:
+        """Return how batches are made now. Any thread may ask."""
+        intake = self._intake
+        if intake is None:
+            # Inline, the curve has only what the warm-up measured; the statistics of batches have the rest.
+            return self._pacer.policy()
+        with intake.lock:
+            return self._pacer.policy()
+
     # inline
 
     def _run_inline(self) -> None:
@@ -118,10 +138,10 @@ class Serving:
             made, calls = calls, []
             # The answers to the last requests and the question for the next cross to Redis together.
             requests = self._answering.answer_and_read(ready, made, self._read_limit, self._block(block_ms))
-            works, suspects, outcomes = self._sort(requests)
-            for work, key, since in works:
-                self._waiting.add(work, key, work.infer.rows, since)
-            while batch := self._waiting.take(time.monotonic()):
+            arrived, suspects, outcomes = self._sort(requests)
+            for one in arrived:
+                self._waiting.add(one.work, one.key, one.work.infer.rows, one.since)
+            while batch := self._waiting.take(time.monotonic())[0]:
                 start = time.perf_counter()
                 outcomes += self._executor.run(batch)
                 self._note(time.perf_counter() - start)
@@ -144,28 +164,32 @@ class Serving:
     def _run_overlapped(self) -> None:
         max_rows = self._executor.max_rows
         limit = max_rows if self._seconds_of_max > INLINE_SECONDS or self._slow_calls else self._read_limit
-        intake = Intake(self._waiting, limit, max_rows, self._pacer)
-        answers: queue.Queue[tuple[list[Outcome], list[Call]] | None] = queue.Queue(_ANSWERS_WAITING)
+        intake = self._intake = Intake(self._waiting, limit, self._pacer)
+        answers: queue.Queue[_Computed | None] = queue.Queue(_ANSWERS_WAITING)
         threads = [
             self._thread("reading", self._read_all, intake),
             self._thread("answering", self._answer_all, answers),
         ]
         try:
-            while (taken := intake.take()) is not None:
-                if isinstance(taken, Request):
-                    # What was computed before must not be lost with a process that the suspect kills.
+            computed: _Computed | None = None
+            while True:
+                taken = intake.take(wait=computed is None)
+                if computed is not None:
+                    if isinstance(taken, Batch):
+                        self._put(answers, computed)
+                    else:
+                        # The model is free anyway: a hand-over would only cost time. Before a suspect, what
+                        # was computed must not be lost with a process that the suspect kills.
+                        self._wait_until(lambda: not answers.unfinished_tasks)
+                        self._answering.answer(*computed)
+                    computed = None
+                elif taken is None:
+                    break
+                if isinstance(taken, Batch):
+                    computed = self._compute(intake, taken)
+                elif taken is not None:
                     self._wait_until(lambda: not answers.unfinished_tasks)
                     self._run_suspect(taken)
-                    continue
-                rows = sum([work.infer.rows for work in taken])
-                intake.computing(self._pacer.seconds(rows))
-                start = time.perf_counter()
-                outcomes = self._executor.run(taken)
-                self._pacer.computed(rows, time.perf_counter() - start)
-                intake.computed(rows)
-                calls = self._executor.calls
-                self._executor.calls = []
-                self._put(answers, (outcomes, calls))
         except BaseException as error:
             # Nobody computes any more what would be read: the reading thread must not go on.
             self._failure = self._failure or error
@@ -184,6 +208,19 @@ class Serving:
         if self._failure is not None:
             raise self._failure
 
+    def _compute(self, intake: Intake, batch: Batch) -> _Computed:
+        outcomes = [late(work) for work in batch.late]
+        works = batch.works
+        if works:
+            rows = sum([work.infer.rows for work in works])
+            intake.computing(rows)
+            start = time.perf_counter()
+            outcomes += self._executor.run(works)
+            intake.computed(rows, time.perf_counter() - start)
+        calls = self._executor.calls
+        self._executor.calls = []
+        return outcomes, calls
+
     def _read_all(self, intake: Intake) -> None:
         try:
             while not self._ended():
@@ -192,15 +229,15 @@ class Serving:
                     # Busy is not idle: what waits in the queue is still to be read.
                     self._last_request = time.monotonic()
                     continue
-                works, suspects, refused = self._sort(self._reader.read(room, self._block(_BLOCK_MS)))
-                if works or suspects:
-                    intake.put(works, suspects)
+                arrived, suspects, refused = self._sort(self._reader.read(room, self._block(_BLOCK_MS)))
+                if arrived or suspects:
+                    intake.put(arrived, suspects)
                 if refused:
                     self._answering.answer(refused, ())
         finally:
             intake.close()
 
-    def _answer_all(self, answers: queue.Queue[tuple[list[Outcome], list[Call]] | None]) -> None:
+    def _answer_all(self, answers: queue.Queue[_Computed | None]) -> None:
         while (item := answers.get()) is not None:
             self._answering.answer(*item)
             answers.task_done()
@@ -217,11 +254,7 @@ class Serving:
         thread.start()
         return thread
 
-    def _put(
-        self,
-        answers: queue.Queue[tuple[list[Outcome], list[Call]] | None],
-        item: tuple[list[Outcome], list[Call]],
-    ) -> None:
+    def _put(self, answers: queue.Queue[_Computed | None], item: _Computed) -> None:
         while True:
             try:
                 answers.put(item, timeout=_BLOCK_MS / 1000)
@@ -237,16 +270,16 @@ class Serving:
 
     # both
 
-    def _sort(
-        self, requests: Sequence[Request]
-    ) -> tuple[list[tuple[Work, Hashable, float]], list[Request], list[Outcome]]:
+    def _sort(self, requests: Sequence[Request]) -> tuple[list[Waiting], list[Request], list[Outcome]]:
         """Return what can be computed, the suspects, and the outcomes of what is refused."""
-        works: list[tuple[Work, Hashable, float]] = []
+        arrived: list[Waiting] = []
         suspects: list[Request] = []
         refused: list[Outcome] = []
         if not requests:
-            return works, suspects, refused
+            return arrived, suspects, refused
         now = self._last_request = time.monotonic()
+        # From Unix time to that clock.
+        offset = now - time.time()
         for request in requests:
             if request.attempt:
                 suspects.append(request)
@@ -254,16 +287,27 @@ class Serving:
             work = self._answering.decode(request)
             if isinstance(work, Outcome):
                 refused.append(work)
-            else:
-                works.append((work, self._executor.key(work.infer), self._since(work, now)))
-        return works, suspects, refused
+                continue
+            header = request.header
+            since = self._since(header.enqueue_unix_micros, now, offset)
+            due = header.deadline_unix_micros / 1e6 + offset
+            arrived.append(Waiting(work, self._executor.key(work.infer), since, due))
+        return arrived, suspects, refused
 
-    def _since(self, work: Work, now: float) -> float:
-        """Return when a request was queued, on the clock of `time.monotonic`; its wait there counts too."""
-        if not self._max_delay:
+    def _since(self, queued_unix_micros: int, now: float, offset: float) -> float:
+        """Return when a request was queued, on our clock.
+
+        Clocks of several machines differ. The least age that was seen of a request counts as none; it rises
+        slowly, so that it follows clocks that drift.
+        """
+        if not queued_unix_micros:
             return now
-        queued = work.request.header.enqueue_unix_micros
-        return now - max(0.0, work.started_ns / 1e9 - queued / 1e6) if queued else now
+        age = now - (queued_unix_micros / 1e6 + offset)
+        if age < self._least_age:
+            self._least_age = age
+        else:
+            self._least_age += _DRIFT * (age - self._least_age)
+        return now - (age - self._least_age)
 
     def _run_suspect(self, request: Request) -> None:
         """Compute a request that was with a replica when it died: alone, and announced."""
