@@ -220,9 +220,11 @@ class ToyWorld:
 
 
 @contextlib.asynccontextmanager
-async def toy_world(max_body_bytes: int = 1 << 30) -> AsyncIterator[ToyWorld]:
+async def toy_world(
+    max_body_bytes: int = 1 << 30, kind: type[ToyWorld] = ToyWorld
+) -> AsyncIterator[ToyWorld]:
     """Serve while the block lasts; afterwards nothing may be left."""
-    world = ToyWorld(max_body_bytes)
+    world = kind(max_body_bytes)
     listener = socket.create_server(("127.0.0.1", 0))
     world.address = listener.getsockname()[:2]
     await world.server.start(listener)

@@ -1,10 +1,14 @@
 """Connections over their life: fairness, draining, late answers, and that nothing grows."""
 
 import asyncio
+import gc
 
 import pytest
 
 from penstock_gateway.hotpath.http import carrier, frames
+from penstock_gateway.hotpath.http.exchange import Exchange
+from penstock_gateway.hotpath.http.stream import Stream
+from penstock_gateway.hotpath.http.turn import Turn
 from support.http_world import GRPC, Line, Peer, Reset, ToyWorld, data, grpc, toy_world, until
 
 HOST = b"Host: toy\r\n"
@@ -203,6 +207,27 @@ class TestNothingGrows:
         # Frames that were long on their way are no fault.
         peer.send(data(1, b"late", end=True), data(19_999, b"late", end=True))
         await peer.is_alive()
+
+    async def test_calls_leave_no_rings_for_the_collector(self, world: ToyWorld) -> None:
+        peer, line = await Peer.connect(world), await Line.connect(world)
+
+        async def calls() -> int:
+            for _ in range(100):
+                number = world.ran * 2 + len(world.scopes) * 2 + 1
+                path = ("/plan/echo", "/plan/later", "/app/stream", "/app/echo")[number // 2 % 4]
+                peer.call(number, path, grpc(b"x"), GRPC)
+                await peer.answer(number)
+            for path in (b"/plan/later", b"/app/echo") * 50:
+                line.send(b"POST %b HTTP/1.1\r\n%bContent-Length: 1\r\n\r\nx" % (path, HOST))
+                await line.answer()
+            return sum(isinstance(one, Stream | Turn | Exchange) for one in gc.get_objects())
+
+        gc.collect()
+        gc.disable()
+        try:
+            assert await calls() < 10
+        finally:
+            gc.enable()
 
 
 async def test_a_connection_that_is_over_does_not_linger_for_a_caller_that_stays(world: ToyWorld) -> None:

@@ -16,8 +16,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
+from penstock_gateway.hotpath.http.exchange import KEEP
 from penstock_gateway.hotpath.http.ports import ClientGone, Headers, Receive, Scope, Send
-from penstock_gateway.hotpath.messages import ACCEPTED_ENCODINGS, MessageReader, frame
+from penstock_gateway.hotpath.messages import ACCEPTED_ENCODINGS, MessageReader, frame, overfull
 from penstock_kit.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -116,6 +117,10 @@ def encodings(headers: Mapping[bytes, bytes]) -> tuple[str, str]:
     return encoding, encoding if encoding in [e.strip() for e in accepted.split(",")] else ""
 
 
+def _no_bound(_: int) -> bool:
+    return True
+
+
 class Call:
     """One gRPC call: its metadata, deadline and messages.
 
@@ -129,6 +134,8 @@ class Call:
 
     __slots__ = (
         "_ended",
+        "_keep",
+        "_kept",
         "_reader",
         "_receive",
         "_send",
@@ -147,6 +154,9 @@ class Call:
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self._receive = receive
         self._send = send
+        # Messages that have not all come count as memory of unfinished requests.
+        self._keep: Callable[[int], bool] = scope.get("extensions", {}).get(KEEP, _no_bound)
+        self._kept = 0
         self._ended = False
         self.started = False
         self.trailers: list[tuple[bytes, bytes]] = []
@@ -171,9 +181,11 @@ class Call:
         Raises:
             Cancelled: The caller went away.
             InvalidArgument: The stream ends within a message.
+            ResourceExhausted: There is no memory for a message that has not all come.
         """
         while True:
             message = self._reader.next()
+            self._count()
             if message is not None:
                 return message
             if self._ended:
@@ -185,6 +197,13 @@ class Call:
                 raise Cancelled
             self._reader.feed(event.get("body", b""))
             self._ended = not event.get("more_body", False)
+
+    def _count(self) -> None:
+        change = self._reader.held - self._kept
+        if change:
+            self._kept += change
+            if not self._keep(change) and change > 0:
+                raise overfull()
 
     async def read_only(self) -> bytes:
         """Return the one message of a call that has one, and take the end of the stream.

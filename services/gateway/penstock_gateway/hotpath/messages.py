@@ -28,6 +28,15 @@ def too_large(size: int | str, limit: int) -> ResourceExhausted:
     )
 
 
+def overfull() -> ResourceExhausted:
+    """Return the error of a body that there is no memory for."""
+    return ResourceExhausted(
+        "The gateway holds as many bytes of unfinished requests as it may. Retry.",
+        reason=Reason.OVERLOADED,
+        retry_after_seconds=1.0,
+    )
+
+
 def inflate(data: bytes, encoding: str, limit: int) -> bytes:
     """Return the decompressed bytes of "gzip" or "deflate" (zlib or bare).
 
@@ -94,6 +103,11 @@ class MessageReader:
     def pending(self) -> bool:
         """Whether bytes of an unfinished message (or a further message) are held."""
         return bool(self._buffer)
+
+    @property
+    def held(self) -> int:
+        """Bytes that are held."""
+        return len(self._buffer)
 
     def feed(self, chunk: bytes) -> None:
         """Take the next bytes of the body."""

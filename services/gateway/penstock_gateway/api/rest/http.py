@@ -6,14 +6,15 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
 from penstock_gateway.hotpath.bounds import header_priority
+from penstock_gateway.hotpath.http.exchange import KEEP
 from penstock_gateway.hotpath.http.ports import Receive, Scope, Send
-from penstock_gateway.hotpath.messages import MIN_COMPRESSED_BYTES, deflate, inflate, too_large
+from penstock_gateway.hotpath.messages import MIN_COMPRESSED_BYTES, deflate, inflate, overfull, too_large
 from penstock_kit.errors import (
     Cancelled,
     InvalidArgument,
@@ -166,13 +167,14 @@ class Request(RequestHead):
         receive: ASGI's.
     """
 
-    __slots__ = ("_limit", "deadline", "receive")
+    __slots__ = ("_keep", "_limit", "deadline", "receive")
 
     def __init__(self, scope: Scope, receive: Receive, limit: int, default_timeout: float) -> None:
         super().__init__(
             scope["method"], scope["path"], dict(scope["headers"]), scope["query_string"], default_timeout
         )
         self.receive = receive
+        self._keep: Callable[[int], bool] | None = scope.get("extensions", {}).get(KEEP)
         self._limit = limit
         self.deadline = time.time() + self.timeout
 
@@ -180,7 +182,7 @@ class Request(RequestHead):
         """Return the whole body, decompressed.
 
         Raises:
-            ResourceExhausted: It is over the limit, announced or streamed.
+            ResourceExhausted: It is over the limit, announced or streamed, or there is no memory for it.
             InvalidArgument: It does not decompress.
             HttpError: Its content-encoding is not known here.
             Cancelled: The caller went away.
@@ -194,6 +196,8 @@ class Request(RequestHead):
             while event.get("more_body"):
                 if size <= self._limit:
                     parts.append(data)
+                    if self._keep is not None and not self._keep(len(data)):
+                        raise overfull()
                     event = await self.receive()
                 elif size <= self._limit * _READ_ON:
                     try:

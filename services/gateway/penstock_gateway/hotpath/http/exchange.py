@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from penstock_gateway.hotpath.http.head import Head
 from penstock_gateway.hotpath.http.parts import Parts
 from penstock_gateway.hotpath.http.ports import ClientGone, Headers, Scope
 
+# In the scope's extensions: what counts the bytes of a body that the application keeps.
+KEEP = "penstock.keep"
 _DISCONNECT = {"type": "http.disconnect"}
 
 
@@ -51,7 +54,8 @@ class Exchange:
     __slots__ = (
         "_ended",
         "_gone",
-        "_head",
+        "_hold",
+        "_kept",
         "_parts",
         "_start",
         "_trailers",
@@ -63,13 +67,14 @@ class Exchange:
 
     def __init__(self, wire: Wire, head: Head) -> None:
         self._wire = wire
-        self._head = head
         self._parts = Parts()
         self._ended = False
         self._gone = False
         self._waiter: asyncio.Future[None] | None = None
         self._start: dict[str, Any] | None = None
         self._trailers = False
+        self._hold: Callable[[int], bool] | None = None
+        self._kept = 0
         self.finished = False
         self.scope: Scope = {
             "type": "http",
@@ -82,10 +87,14 @@ class Exchange:
             "query_string": head.query,
             "root_path": "",
             "headers": head.headers,
-            "extensions": {"http.response.trailers": {}},
+            "extensions": {"http.response.trailers": {}, KEEP: self.keep},
         }
 
-    # The connection's side
+    # The server's side
+
+    def serve(self, hold: Callable[[int], bool]) -> None:
+        """Begin; `hold` counts bytes of bodies, and says whether there is memory for them."""
+        self._hold = hold
 
     def feed(self, data: bytes, *, end: bool) -> None:
         """Take a part of the body."""
@@ -160,8 +169,20 @@ class Exchange:
         self.finished = True
         self._wake()
 
+    def keep(self, size: int) -> bool:
+        """Count bytes that were read and are kept until the call ends, or (negative) no longer are.
+
+        Returns:
+            Whether there is memory for them.
+        """
+        self._kept += size
+        return self._hold is None or self._hold(size)
+
     def abandon(self) -> None:
-        """End the call because the application ended without an answer."""
+        """End: the application has. If it gave no whole answer, the caller is told so."""
+        self.scope["extensions"].clear()  # it knows the exchange: a ring would wait for the collector
+        if self._kept:
+            self.keep(-self._kept)
         if not self.finished and not self._gone:
             self._finish()
             self._wire.abort()

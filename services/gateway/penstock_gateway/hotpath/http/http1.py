@@ -16,7 +16,8 @@ from penstock_gateway.hotpath.http.head import Head, MalformedHead, from_line
 from penstock_gateway.hotpath.http.hpack import MAX_HEAD_BYTES
 from penstock_gateway.hotpath.http.parts import Parts
 from penstock_gateway.hotpath.http.turn import PHRASES, Turn
-from penstock_kit.errors import DeadlineExceeded, Reason, ResourceExhausted
+from penstock_gateway.hotpath.messages import overfull
+from penstock_kit.errors import DeadlineExceeded, Reason
 
 if TYPE_CHECKING:
     from penstock_gateway.hotpath.http.server import HttpServer
@@ -36,7 +37,6 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # CR or LF alone, a line that goes on in the next (RFC 9112, sections 2.2 and 5.2): where programs differ
 # about what they mean, requests are smuggled.
 _CROOKED = re.compile(rb"\r(?!\n)|(?<!\r)\n|\n[ \t]")
-_OVERFULL = "The gateway holds as many bytes of unfinished requests as it may. Retry."
 _TOO_LARGE = f"The head has over {MAX_HEAD_BYTES} bytes, or over {MAX_HEADERS} headers."
 
 
@@ -262,7 +262,7 @@ class Http1Connection(Carrier):
     def _feed(self, turn: Turn, exchange: Exchange, chunk: bytes, *, done: bool) -> None:
         turn.unread += len(chunk)
         if not self.server.hold(len(chunk)):
-            self.refuse(503, _OVERFULL, Reason.OVERLOADED)
+            self.refuse(503, overfull().message, Reason.OVERLOADED)
             return
         exchange.feed(chunk, end=done)
         if turn.unread > HIGH_WATER_BYTES:
@@ -277,8 +277,7 @@ class Http1Connection(Carrier):
         self._size += len(chunk)
         if not self.server.hold(len(chunk)):
             self._drop_parts()
-            error = ResourceExhausted(_OVERFULL, reason=Reason.OVERLOADED, retry_after_seconds=1.0)
-            plan.refuse(turn, error)
+            plan.refuse(turn, overfull())
         elif done:
             body = self._parts.join()
             self._drop_parts()
@@ -312,6 +311,8 @@ class Http1Connection(Carrier):
         if turn is not self.turn:
             return
         turn.close()
+        # They know the turn as well: a ring would wait for the collector.
+        turn.exchange = turn.work = None
         self.turn = None
         self._since = self._loop.time()
         if turn.close_after or not turn.ended:

@@ -19,8 +19,8 @@ from penstock_gateway.hotpath.http.head import Head, MalformedHead
 from penstock_gateway.hotpath.http.parts import Parts
 from penstock_gateway.hotpath.http.sending import FRAME_BYTES
 from penstock_gateway.hotpath.http.stream import Stream
-from penstock_gateway.hotpath.messages import too_large
-from penstock_kit.errors import DeadlineExceeded, Reason, ResourceExhausted
+from penstock_gateway.hotpath.messages import overfull, too_large
+from penstock_kit.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
     from penstock_gateway.hotpath.http.server import HttpServer
@@ -345,14 +345,7 @@ class Http2Connection(Control):
             # gRPC's clients take this code for RESOURCE_EXHAUSTED.
             self._refuse(stream.id, frames.ENHANCE_YOUR_CALM, ended=stream.ended)
             return
-        plan.refuse(
-            stream,
-            ResourceExhausted(
-                "The gateway holds as many bytes of unfinished requests as it may. Retry.",
-                reason=Reason.OVERLOADED,
-                retry_after_seconds=1.0,
-            ),
-        )
+        plan.refuse(stream, overfull())
 
     def _other(self, kind: int, flags: int, number: int, payload: bytes) -> None:
         """Take a frame that not every call has."""
@@ -425,6 +418,8 @@ class Http2Connection(Control):
     def finish(self, stream: Stream) -> None:
         """Forget a call whose whole answer is written."""
         self._streams.pop(stream.id, None)
+        # They know the stream as well: a ring would wait for the collector.
+        stream.exchange = stream.work = None
         if not stream.ended:
             if stream.head.fields.get(b"content-type", b"").startswith(hpack.GRPC_TYPE):
                 # The caller need not send the rest (RFC 9113, section 8.1), as all of gRPC's know.

@@ -161,6 +161,7 @@ class HttpServer:
 
     def run(self, exchange: Exchange, done: Callable[[asyncio.Task[None]], None] | None = None) -> None:
         """Serve a call as ASGI; `done` is called when the application has ended."""
+        exchange.serve(self.hold)
         task = asyncio.get_running_loop().create_task(self._serve(exchange))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -28,8 +28,8 @@ class Stream:
         id: Its number.
         head: Of the request.
         started: Time of the loop at which the head came.
-        exchange: Set if it is served as ASGI.
-        work: What the plan's `run` returned; None before that.
+        exchange: Set if it is served as ASGI; None again when it is answered.
+        work: What the plan's `run` returned; None before that, and when it is answered.
         parts: Of a body for a plan that has not all come; None before it came.
         held: Bytes of the body that are kept here.
         ended: Whether the whole request has come.

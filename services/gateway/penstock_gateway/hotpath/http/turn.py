@@ -22,8 +22,8 @@ class Turn:
 
     Attributes:
         head: Of the request.
-        exchange: Set if it is served as ASGI.
-        work: What the plan's `run` returned; None before that.
+        exchange: Set if it is served as ASGI; None again when it is answered.
+        work: What the plan's `run` returned; None before that, and when it is answered.
         answered: Whether the whole answer was given.
         ended: Whether the whole request has come.
         started: Whether the head of the answer was written.
