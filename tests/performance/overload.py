@@ -126,8 +126,8 @@ def _drained(running: Running, door: Door) -> str:
 
 def _describe(step: Step) -> str:
     s = step.during
+    refused = f"refused {s.refused:.0f}/s in {s.refusal_p50:.1f} ms, " if s.refused else ""
     return (
-        f"{step.factor:g} × capacity: offered {s.offered:.0f}/s, goodput {s.goodput:.0f}/s "
-        f"(p99 {s.p99:.0f} ms), refused {s.refused:.0f}/s in {s.refusal_p50:.1f} ms, back after "
-        f"{step.back_after:.2f} s; {s.outcomes}; generator late {step.late_ms:.1f} ms"
+        f"{step.factor:g} × capacity: offered {s.offered:.0f}/s, goodput {s.goodput:.0f}/s, {refused}"
+        f"back after {step.back_after:.2f} s; {s.outcomes}; generator late {step.late_ms:.1f} ms"
     )

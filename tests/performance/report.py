@@ -78,7 +78,6 @@ def _figures(results: Results, series: dict[tuple[str, str], dict[float, Record]
     for (server, door), points in series.items():
         cells = [_figure(points.get(level)) for level in levels]
         good = [record for record in points.values() if not record.failure]
-        # That of the busiest point which every server is measured at.
         cpu = f"{_typical(good).cpu_per_1k:.2f}" if good else "–"
         pss = f"{max(record.pss_mib for record in good):.0f}" if good else "–"
         errors = str(sum(record.errors for record in good)) if good else "–"
