@@ -136,7 +136,11 @@ async def test_traffic_shifts_without_starting_or_ending_anything(bench: Any, cl
     "change",
     [
         {"resources": resources_pb2.Resources(cpu_millis=300)},
-        {"batching": resources_pb2.Batching(max_batch_size=16, max_delay_microseconds=500)},
+        {
+            "batching": resources_pb2.Batching(
+                max_batch_size=16, max_delay_microseconds=500, latency_objective_microseconds=250_000
+            )
+        },
     ],
 )
 async def test_a_new_spec_replaces_replicas_new_before_old(
@@ -154,6 +158,7 @@ async def test_a_new_spec_replaces_replicas_new_before_old(
     spec = next(iter(agent.desired.values()))
     assert spec.resources.cpu_millis == (300 if "resources" in change else 50)
     assert spec.batching.max_batch_size == (16 if "batching" in change else 0)
+    assert spec.batching.latency_objective_microseconds == (250_000 if "batching" in change else 0)
     await gateway.stop()
     assert gateway.answered_all_the_time()
 

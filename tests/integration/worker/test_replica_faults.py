@@ -17,6 +17,7 @@ from penstock_kit.queue.address import Address
 from penstock_kit.queue.connection import Connection
 from penstock_kit.queue.statistics import read_statistics
 from penstock_local.embedded import EmbeddedRedis
+from penstock_worker.domain.replica import BatchingPolicy
 from support import models
 from support.replicas import Caller, ReplicaProcess, outputs_of, raw_request, reason_of
 
@@ -277,3 +278,29 @@ def test_sigterm_while_loading_ends_at_once(tmp_path: Path, redis_url: str) -> N
     assert loading is not None
     assert stopped is not None
     assert stopped.state.value == "STOPPED"
+
+
+async def test_a_replica_shows_how_it_makes_batches_and_keeps_their_objective(
+    tmp_path: Path, redis_url: str
+) -> None:
+    code = (
+        "import time\n\n\nclass Model:\n    def predict(self, inputs):\n"
+        '        time.sleep(0.004 + 0.001 * len(inputs["x"]))\n        return {"y": inputs["x"]}\n'
+    )
+    manifest = models.build_python(tmp_path / "slow", code, max_batch_size=64)
+    policy = BatchingPolicy(64, latency_objective_microseconds=60_000)
+    with ReplicaProcess(redis_url, tmp_path / "slow", manifest, batching=policy).ready() as replica:
+        async with Caller(redis_url) as caller:
+            x = np.zeros((1, 16), dtype=np.float32)
+            for _ in range(4):
+                await asyncio.gather(*[caller.infer({"x": x}) for _ in range(150)])
+            counted = await statistics(redis_url, replica, 600)
+    chosen = counted.batching
+    # Two calls must fit into the objective: about 26 rows, fewer on a busy machine.
+    assert 1 <= chosen.max_rows <= 27
+    assert chosen.objective_ns == 60_000_000
+    assert 0 < chosen.average_rows <= 64
+    rows = [point.rows for point in chosen.curve]
+    assert rows == sorted(rows)
+    assert (rows[0], rows[-1]) == (1, 64)
+    assert all(point.ns >= 4_000_000 + 1_000_000 * point.rows for point in chosen.curve)

@@ -59,6 +59,7 @@ class Batching(_message.Message):
     MAX_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     MAX_DELAY_MICROSECONDS_FIELD_NUMBER: _builtins.int
     PAD_VARIABLE_DIMENSIONS_FIELD_NUMBER: _builtins.int
+    LATENCY_OBJECTIVE_MICROSECONDS_FIELD_NUMBER: _builtins.int
     max_batch_size: _builtins.int
     """Optional. Rows in one call at most. 1: requests are never joined. 0: in a deployment, what the
     version's manifest says; in a manifest, the model does not batch, and its shapes are exact.
@@ -69,16 +70,21 @@ class Batching(_message.Message):
     """Optional. Pad variable dimensions to the longest in the batch with zeros, where the
     signature has -1 beyond the batch dimension. Off: only requests of one shape are joined.
     """
+    latency_objective_microseconds: _builtins.int
+    """Optional. Microseconds from queueing to answer that most requests should keep: batches are made no larger,
+    and wait no longer, than that allows. 0: as large as serves most requests a second within their deadlines.
+    """
     def __init__(
         self,
         *,
         max_batch_size: _builtins.int = ...,
         max_delay_microseconds: _builtins.int = ...,
         pad_variable_dimensions: _builtins.bool = ...,
+        latency_objective_microseconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_size", b"max_batch_size", "max_delay_microseconds", b"max_delay_microseconds", "pad_variable_dimensions", b"pad_variable_dimensions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["latency_objective_microseconds", b"latency_objective_microseconds", "max_batch_size", b"max_batch_size", "max_delay_microseconds", b"max_delay_microseconds", "pad_variable_dimensions", b"pad_variable_dimensions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1188,6 +1188,7 @@ class ModelStatistics(_message.Message):
     EXECUTION_COUNT_FIELD_NUMBER: _builtins.int
     INFERENCE_STATS_FIELD_NUMBER: _builtins.int
     BATCH_STATS_FIELD_NUMBER: _builtins.int
+    BATCHING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     last_inference: _builtins.int
@@ -1197,6 +1198,10 @@ class ModelStatistics(_message.Message):
     def inference_stats(self) -> Global___InferStatistics: ...
     @_builtins.property
     def batch_stats(self) -> _containers.RepeatedCompositeFieldContainer[Global___InferBatchStatistics]: ...
+    @_builtins.property
+    def batching(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchingPolicy]:
+        """Penstock's own, which other servers' clients skip: how each replica makes batches now."""
+
     def __init__(
         self,
         *,
@@ -1207,14 +1212,85 @@ class ModelStatistics(_message.Message):
         execution_count: _builtins.int = ...,
         inference_stats: Global___InferStatistics | None = ...,
         batch_stats: _abc.Iterable[Global___InferBatchStatistics] | None = ...,
+        batching: _abc.Iterable[Global___BatchingPolicy] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["inference_stats", b"inference_stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_stats", b"batch_stats", "execution_count", b"execution_count", "inference_count", b"inference_count", "inference_stats", b"inference_stats", "last_inference", b"last_inference", "name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_stats", b"batch_stats", "batching", b"batching", "execution_count", b"execution_count", "inference_count", b"inference_count", "inference_stats", b"inference_stats", "last_inference", b"last_inference", "name", b"name", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelStatistics: _TypeAlias = ModelStatistics  # noqa: Y015
+
+@_typing.final
+class BatchingPolicy(_message.Message):
+    """What a replica has chosen, from what it measured. Durations in nanoseconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_ROWS_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_NS_FIELD_NUMBER: _builtins.int
+    AVERAGE_ROWS_FIELD_NUMBER: _builtins.int
+    AVERAGE_WAIT_NS_FIELD_NUMBER: _builtins.int
+    SATURATED_FIELD_NUMBER: _builtins.int
+    CURVE_FIELD_NUMBER: _builtins.int
+    max_rows: _builtins.int
+    """Rows in one call at most, now."""
+    objective_ns: _builtins.int
+    """Latency that was asked for; 0 for none."""
+    average_rows: _builtins.float
+    """Rows in a call, as a running average."""
+    average_wait_ns: _builtins.int
+    """How long the free model waited for more requests before a call, as a running average."""
+    saturated: _builtins.bool
+    """Whether the model is the bottleneck: batches are full, and more waits."""
+    @_builtins.property
+    def curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___CurvePoint]:
+        """How long a call takes by its rows, ascending."""
+
+    def __init__(
+        self,
+        *,
+        max_rows: _builtins.int = ...,
+        objective_ns: _builtins.int = ...,
+        average_rows: _builtins.float = ...,
+        average_wait_ns: _builtins.int = ...,
+        saturated: _builtins.bool = ...,
+        curve: _abc.Iterable[Global___CurvePoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_rows", b"average_rows", "average_wait_ns", b"average_wait_ns", "curve", b"curve", "max_rows", b"max_rows", "objective_ns", b"objective_ns", "saturated", b"saturated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchingPolicy: _TypeAlias = BatchingPolicy  # noqa: Y015
+
+@_typing.final
+class CurvePoint(_message.Message):
+    """How long calls with one number of rows take, as a running average."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    NS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows in the call."""
+    ns: _builtins.int
+    """Time that it takes, in nanoseconds."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ns", b"ns", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CurvePoint: _TypeAlias = CurvePoint  # noqa: Y015
 
 @_typing.final
 class RepositoryIndexRequest(_message.Message):

@@ -203,6 +203,7 @@ class ReplicaStatistics(_message.Message):
     OUTPUT_NS_FIELD_NUMBER: _builtins.int
     LAST_INFERENCE_MS_FIELD_NUMBER: _builtins.int
     BATCHES_FIELD_NUMBER: _builtins.int
+    BATCHING_FIELD_NUMBER: _builtins.int
     success_count: _builtins.int
     """Requests answered with a result."""
     failure_count: _builtins.int
@@ -229,6 +230,10 @@ class ReplicaStatistics(_message.Message):
     def batches(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchStatistics]:
         """Calls of the model by number of rows."""
 
+    @_builtins.property
+    def batching(self) -> Global___BatchingPolicy:
+        """How the replica makes batches now."""
+
     def __init__(
         self,
         *,
@@ -244,14 +249,85 @@ class ReplicaStatistics(_message.Message):
         output_ns: _builtins.int = ...,
         last_inference_ms: _builtins.int = ...,
         batches: _abc.Iterable[Global___BatchStatistics] | None = ...,
+        batching: Global___BatchingPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "compute_ns", b"compute_ns", "execution_count", b"execution_count", "failure_count", b"failure_count", "failure_ns", b"failure_ns", "inference_count", b"inference_count", "input_ns", b"input_ns", "last_inference_ms", b"last_inference_ms", "output_ns", b"output_ns", "queue_ns", b"queue_ns", "success_count", b"success_count", "success_ns", b"success_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "batching", b"batching", "compute_ns", b"compute_ns", "execution_count", b"execution_count", "failure_count", b"failure_count", "failure_ns", b"failure_ns", "inference_count", b"inference_count", "input_ns", b"input_ns", "last_inference_ms", b"last_inference_ms", "output_ns", b"output_ns", "queue_ns", b"queue_ns", "success_count", b"success_count", "success_ns", b"success_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaStatistics: _TypeAlias = ReplicaStatistics  # noqa: Y015
+
+@_typing.final
+class BatchingPolicy(_message.Message):
+    """What a replica has chosen, from what it measured. Durations in nanoseconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_ROWS_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_NS_FIELD_NUMBER: _builtins.int
+    AVERAGE_ROWS_FIELD_NUMBER: _builtins.int
+    AVERAGE_WAIT_NS_FIELD_NUMBER: _builtins.int
+    SATURATED_FIELD_NUMBER: _builtins.int
+    CURVE_FIELD_NUMBER: _builtins.int
+    max_rows: _builtins.int
+    """Rows in one call at most, now."""
+    objective_ns: _builtins.int
+    """Latency that was asked for; 0 for none."""
+    average_rows: _builtins.float
+    """Rows in a call, as a running average."""
+    average_wait_ns: _builtins.int
+    """How long the free model waited for more requests before a call, as a running average."""
+    saturated: _builtins.bool
+    """Whether the model is the bottleneck: batches are full, and more waits."""
+    @_builtins.property
+    def curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___CurvePoint]:
+        """How long a call takes by its rows, ascending."""
+
+    def __init__(
+        self,
+        *,
+        max_rows: _builtins.int = ...,
+        objective_ns: _builtins.int = ...,
+        average_rows: _builtins.float = ...,
+        average_wait_ns: _builtins.int = ...,
+        saturated: _builtins.bool = ...,
+        curve: _abc.Iterable[Global___CurvePoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["average_rows", b"average_rows", "average_wait_ns", b"average_wait_ns", "curve", b"curve", "max_rows", b"max_rows", "objective_ns", b"objective_ns", "saturated", b"saturated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchingPolicy: _TypeAlias = BatchingPolicy  # noqa: Y015
+
+@_typing.final
+class CurvePoint(_message.Message):
+    """How long calls with one number of rows take, as a running average."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    NS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows in the call."""
+    ns: _builtins.int
+    """Time that it takes, in nanoseconds."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ns", b"ns", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CurvePoint: _TypeAlias = CurvePoint  # noqa: Y015
 
 @_typing.final
 class BatchStatistics(_message.Message):

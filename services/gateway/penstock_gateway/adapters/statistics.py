@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import hiredis
 
-from penstock.queue.v1.envelope_pb2 import CacheStatistics, ReplicaStatistics
-from penstock_gateway.domain.statistics import Batch, CacheCounters, Counters
+from penstock.queue.v1.envelope_pb2 import BatchingPolicy, CacheStatistics, ReplicaStatistics
+from penstock_gateway.domain.statistics import Batch, Batching, CacheCounters, Counters
 from penstock_kit.errors import PenstockError, Unavailable
 from penstock_kit.queue.address import Address
 from penstock_kit.queue.connection import Connection
@@ -129,6 +129,18 @@ def to_counters(found: ReplicaStatistics) -> Counters:
         output_ns=found.output_ns,
         last_inference_ms=found.last_inference_ms,
         batches={b.batch_size: Batch(b.count, b.input_ns, b.compute_ns, b.output_ns) for b in found.batches},
+        batching=[_to_batching(found.batching)] if found.HasField("batching") else [],
+    )
+
+
+def _to_batching(found: BatchingPolicy) -> Batching:
+    return Batching(
+        max_rows=found.max_rows,
+        objective_ns=found.objective_ns,
+        average_rows=found.average_rows,
+        average_wait_ns=found.average_wait_ns,
+        saturated=found.saturated,
+        curve=tuple((point.rows, point.ns) for point in found.curve),
     )
 
 

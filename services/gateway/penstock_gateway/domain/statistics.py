@@ -46,6 +46,22 @@ class CacheCounters:
         self.last_hit_ms = max(self.last_hit_ms, other.last_hit_ms)
 
 
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How one replica makes batches now; see BatchingPolicy in the queue's protos.
+
+    Attributes:
+        curve: Rows of a call, and how long it takes.
+    """
+
+    max_rows: int
+    objective_ns: int
+    average_rows: float
+    average_wait_ns: int
+    saturated: bool
+    curve: tuple[tuple[int, int], ...]
+
+
 @dataclass(slots=True)
 class Counters:
     """What replicas did since each started, and the cache beside them; see the queue's protos."""
@@ -63,6 +79,8 @@ class Counters:
     last_inference_ms: int = 0
     batches: dict[int, Batch] = field(default_factory=dict)
     cache: CacheCounters = field(default_factory=CacheCounters)
+    batching: list[Batching] = field(default_factory=list)
+    """One for each replica that chooses."""
 
 
 _SUMS = (
@@ -87,6 +105,7 @@ def total(parts: Iterable[Counters]) -> Counters:
             setattr(out, name, getattr(out, name) + getattr(part, name))
         out.last_inference_ms = max(out.last_inference_ms, part.last_inference_ms)
         out.cache.add(part.cache)
+        out.batching += part.batching
         for rows, batch in part.batches.items():
             into = out.batches.setdefault(rows, Batch())
             into.count += batch.count

@@ -40,6 +40,7 @@ def manifest_from_proto(message: manifest_pb2.Manifest) -> Manifest:
             message.batching.max_batch_size,
             message.batching.max_delay_microseconds,
             message.batching.pad_variable_dimensions,
+            message.batching.latency_objective_microseconds,
         )
         if message.HasField("batching")
         else None,
@@ -89,6 +90,7 @@ def manifest_to_proto(manifest: Manifest) -> manifest_pb2.Manifest:
                 max_batch_size=manifest.batching.max_batch_size,
                 max_delay_microseconds=manifest.batching.max_delay_microseconds,
                 pad_variable_dimensions=manifest.batching.pad_variable_dimensions,
+                latency_objective_microseconds=manifest.batching.latency_objective_microseconds,
             )
         )
     if manifest.resources is not None:

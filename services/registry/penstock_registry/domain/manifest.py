@@ -37,7 +37,11 @@ MAX_TEXT = 16 * 1024
 MAX_PARENTS = 256
 LARGEST_AMOUNT = 2**53
 # A replica warms up with a whole batch: an absurd size would be an absurd amount of memory.
-_MOST_OF_BATCHING = {"max_batch_size": 65_536, "max_delay_microseconds": 10_000_000}
+_MOST_OF_BATCHING = {
+    "max_batch_size": 65_536,
+    "max_delay_microseconds": 10_000_000,
+    "latency_objective_microseconds": 3_600_000_000,
+}
 
 # Keys of labels, metrics and parameters: what a filter term can name.
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/@:%+]{0,127}")
@@ -73,6 +77,7 @@ class Batching:
     max_batch_size: int = 0
     max_delay_microseconds: int = 0
     pad_variable_dimensions: bool = False
+    latency_objective_microseconds: int = 0
 
 
 @dataclass(frozen=True, slots=True)

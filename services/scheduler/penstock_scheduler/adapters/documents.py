@@ -33,6 +33,7 @@ def version_from_message(message: version_pb2.Version) -> Version:
             max_batch_size=manifest.batching.max_batch_size,
             max_delay_microseconds=manifest.batching.max_delay_microseconds,
             pad_variable_dimensions=manifest.batching.pad_variable_dimensions,
+            latency_objective_microseconds=manifest.batching.latency_objective_microseconds,
         ),
         steps=steps_from_proto(manifest.ensemble),
         kind=model_type(manifest, f"{key.model}:{key.number}"),

@@ -72,7 +72,10 @@ def asked_from_message(message: deployment_pb2.Deployment) -> Asked:
         ),
         batching=check_batching(
             Batching(
-                batching.max_batch_size, batching.max_delay_microseconds, batching.pad_variable_dimensions
+                batching.max_batch_size,
+                batching.max_delay_microseconds,
+                batching.pad_variable_dimensions,
+                batching.latency_objective_microseconds,
             )
         )
         if message.HasField("batching")
@@ -386,6 +389,7 @@ def _batching(batching: Batching) -> resources_pb2.Batching:
         max_batch_size=batching.max_batch_size,
         max_delay_microseconds=batching.max_delay_microseconds,
         pad_variable_dimensions=batching.pad_variable_dimensions,
+        latency_objective_microseconds=batching.latency_objective_microseconds,
     )
 
 

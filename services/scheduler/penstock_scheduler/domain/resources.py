@@ -47,6 +47,7 @@ class Batching:
     max_batch_size: int = 0
     max_delay_microseconds: int = 0
     pad_variable_dimensions: bool = False
+    latency_objective_microseconds: int = 0
 
 
 NO_BATCHING = Batching()
@@ -79,7 +80,7 @@ DEFAULTS = Defaults()
 @lru_cache(maxsize=4096)
 def spec_digest(digest: str, resources: Resources, batching: Batching) -> str:
     """A short digest of all that a running replica cannot change; another one means a new replica."""
-    fields = (
+    fields: tuple[str | int, ...] = (
         digest,
         resources.cpu_millis,
         resources.memory_bytes,
@@ -89,6 +90,8 @@ def spec_digest(digest: str, resources: Resources, batching: Batching) -> str:
         batching.max_delay_microseconds,
         int(batching.pad_variable_dimensions),
     )
+    if batching.latency_objective_microseconds:  # else digests stay what they were before there was one
+        fields += (batching.latency_objective_microseconds,)
     return hashlib.blake2b("|".join(map(str, fields)).encode(), digest_size=8).hexdigest()
 
 

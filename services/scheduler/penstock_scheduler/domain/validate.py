@@ -21,6 +21,7 @@ from penstock_scheduler.domain.version import Version
 ALL_TRAFFIC = 100
 MAX_BATCH_SIZE = 65536
 MAX_DELAY_MICROSECONDS = 10_000_000
+MAX_OBJECTIVE_MICROSECONDS = 3_600_000_000
 MAX_LABELS = 64
 MAX_LABEL_LENGTH = 256
 MAX_QUEUE_DEPTH = 1_000_000
@@ -152,6 +153,12 @@ def check_batching(batching: Batching) -> Batching:
     """
     _between("batching.max_batch_size", batching.max_batch_size, 0, MAX_BATCH_SIZE)
     _between("batching.max_delay_microseconds", batching.max_delay_microseconds, 0, MAX_DELAY_MICROSECONDS)
+    _between(
+        "batching.latency_objective_microseconds",
+        batching.latency_objective_microseconds,
+        0,
+        MAX_OBJECTIVE_MICROSECONDS,
+    )
     return batching
 
 

@@ -137,6 +137,7 @@ def _desired(spec: replica_pb2.ReplicaSpec) -> DesiredReplica:
             spec.batching.max_batch_size,
             spec.batching.max_delay_microseconds,
             spec.batching.pad_variable_dimensions,
+            spec.batching.latency_objective_microseconds,
         ),
         cpu_millis=spec.resources.cpu_millis,
         memory_bytes=spec.resources.memory_bytes,

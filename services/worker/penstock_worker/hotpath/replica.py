@@ -88,6 +88,8 @@ def _serve(config: ReplicaConfig, loaded: Loaded | LoadedConcurrent, reader: Rea
     codec = Codec(loaded.signature, str(config.version))
     answering = Answering(reader, codec, counters, _tracer(config))
     serving = _serving(config, loaded, reader, answering)
+    if isinstance(serving, Serving):
+        counters.policy = serving.policy
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         serving.stop()

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from penstock.queue.v1 import envelope_pb2
 from penstock_kit.errors import PenstockError
+from penstock_worker.domain.pacing import Policy
 from penstock_worker.hotpath.execution import Call, Outcome
+
+
+def _policy_to_proto(policy: Policy) -> envelope_pb2.BatchingPolicy:
+    return envelope_pb2.BatchingPolicy(
+        max_rows=policy.max_rows,
+        objective_ns=int(policy.objective * 1e9),
+        average_rows=policy.expected_rows,
+        average_wait_ns=int(policy.pause * 1e9),
+        saturated=policy.saturated,
+        curve=[envelope_pb2.CurvePoint(rows=rows, ns=int(seconds * 1e9)) for rows, seconds in policy.curve],
+    )
 
 
 class Counters:
@@ -22,6 +34,8 @@ class Counters:
         self._last_ns = 0
         self._batches: dict[int, list[int]] = {}
         self._changed = False
+        self.policy: Callable[[], Policy] | None = None
+        """Says how batches are made now, if anything chooses that."""
 
     def record(self, outcomes: Iterable[Outcome], calls: Iterable[Call], output_ns: int, end_ns: int) -> None:
         """Count what was answered together.
@@ -94,6 +108,8 @@ class Counters:
                     compute_ns=compute_ns,
                     output_ns=output_ns,
                 )
+        if self.policy is not None:
+            sums.batching.CopyFrom(_policy_to_proto(self.policy()))
         return sums.SerializeToString()
 
     def again(self) -> None:

@@ -112,7 +112,21 @@ def statistics(found: VersionCounters) -> oip.ModelStatistics:
         ),
     )
     add_batches(out, c)
+    add_batching(out, c)
     return out
+
+
+def add_batching(out: oip.ModelStatistics, counters: Counters) -> None:
+    """Add how each replica makes batches now."""
+    for one in counters.batching:
+        out.batching.add(
+            max_rows=one.max_rows,
+            objective_ns=one.objective_ns,
+            average_rows=one.average_rows,
+            average_wait_ns=one.average_wait_ns,
+            saturated=one.saturated,
+            curve=[oip.CurvePoint(rows=rows, ns=ns) for rows, ns in one.curve],
+        )
 
 
 def add_batches(out: oip.ModelStatistics, counters: Counters) -> None:

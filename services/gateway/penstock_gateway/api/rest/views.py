@@ -77,6 +77,18 @@ def statistics(found: VersionCounters) -> dict[str, Any]:
             }
             for batch in message.batch_stats
         ],
+        # Penstock's own: how each replica makes batches now.
+        "batching": [
+            {
+                "max_rows": one.max_rows,
+                "objective_ns": one.objective_ns,
+                "average_rows": round(one.average_rows, 2),
+                "average_wait_ns": one.average_wait_ns,
+                "saturated": one.saturated,
+                "curve": [{"rows": point.rows, "ns": point.ns} for point in one.curve],
+            }
+            for one in message.batching
+        ],
     }
 
 
