@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-unit test-clients test-chaos test-soak bench bench-quick bench-scale check format protos sync clean
+.PHONY: help demo up test test-unit test-clients test-chaos test-soak test-performance bench bench-quick check format protos sync clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,14 +38,14 @@ test-chaos: $(STAMP) ## Kills, cuts and pauses under load
 test-soak: $(STAMP) ## Ten minutes of mixed load, after which nothing may have grown
 	PENSTOCK_SOAK_SECONDS=$${PENSTOCK_SOAK_SECONDS:-600} $(BIN)/python -m pytest -m chaos -s tests/chaos/test_soak.py
 
+test-performance: $(STAMP) ## Figures of ours alone that must hold: overload, many deployments on two processors
+	$(BIN)/python -m pytest -m performance -s tests/performance
+
 bench: $(STAMP) ## Speed beside floors and peers: BENCH="--peers ours,triton --seconds 5" chooses
 	PYTHONPATH=tests $(BIN)/python -m performance $(BENCH)
 
 bench-quick: $(STAMP) ## The same in two minutes: ours, Triton, Mosec and a floor
 	PYTHONPATH=tests $(BIN)/python -m performance --quick $(BENCH)
-
-bench-scale: $(STAMP) ## Many versions and deployments on two processors
-	$(BIN)/python -m pytest -m performance -s tests/performance
 
 # Of low severity ruff's S rules see more than bandit, each exception with its reason beside it.
 check: $(STAMP) ## Format, lint, types, arrows, protos, blocking client, security

@@ -29,7 +29,7 @@ DEADLINE_SECONDS = 0.250
 FACTORS = (0.5, 1.0, 1.5, 2.0)
 NAME = "overload"
 # Enough open calls to keep every batch full, few enough that each is answered in time.
-_CAPACITY_CONCURRENCY = 32
+_CAPACITY_CONCURRENCY = 64
 _CALM = 0.5
 _CALM_SECONDS = 2.0
 _AFTER_SECONDS = 5.0

@@ -104,7 +104,7 @@ def _overload(results: Results, curves: dict[str, Any], goodput: Axes, after: Ax
         after.plot(offered, back, **style)
     edge = max(overload.FACTORS)
     goodput.plot([0, 1, edge], [0, 1, 1], color="black", linewidth=0.8, linestyle=(0, (1, 3)))
-    goodput.annotate("all that can be answered", (edge, 1.0), fontsize=7, va="bottom", ha="right")
+    goodput.annotate("capacity, as a closed loop finds it", (edge, 1.0), fontsize=7, va="top", ha="right")
     goodput.set_title("Overload: answers within 250 ms ÷ capacity (higher is better)", fontsize=10)
     after.set_title("Seconds from the load's end until calls are answered in time again", fontsize=10)
     after.axhline(5.0, color="black", linewidth=0.8, linestyle=(0, (1, 3)))
