@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from penstock.queue.v1.envelope_pb2 import RequestHeader
 from penstock_kit.errors import DeadlineExceeded, FailedPrecondition
@@ -162,7 +164,7 @@ def test_shapes_are_joined_only_if_equal_or_padded() -> None:
     assert padding.key(narrow.infer) == padding.key(wide.infer)
     short, long = padding.run([narrow, wide])
     assert model.rows == [2]
-    assert short.result["y"].tolist() == [[2, 4, 0]]  # type: ignore[index]
+    assert short.result["y"].tolist() == [[2, 4]]  # type: ignore[index]
     assert long.result["y"].tolist() == [[2, 4, 6]]  # type: ignore[index]
 
 
@@ -210,3 +212,56 @@ def test_another_kind_than_the_signature_says_is_a_model_error(datatype: str, gi
     (outcome,) = run.run([work([[1, 1]])])
     assert isinstance(outcome.result, ModelError)
     assert "output y" in outcome.result.message
+
+
+def test_requests_of_very_different_lengths_are_not_padded_to_one_another() -> None:
+    run, _ = executor(double, takes=(-1, -1), gives=(-1, -1), pad=True)
+    keys = [run.key(work(np.zeros((1, length))).infer) for length in (1, 8, 9, 16, 17, 100)]
+    assert keys[0] == keys[1]
+    assert keys[2] == keys[3]
+    assert len(set(keys)) == 4
+
+
+lengths = st.lists(st.tuples(st.integers(1, 3), st.integers(0, 8), st.integers(1, 8)), min_size=1, max_size=6)
+
+
+@given(lengths)
+def test_a_padded_answer_is_the_one_without_padding(shapes: list[tuple[int, int, int]]) -> None:
+    """Two inputs of variable lengths; outputs of both, of one turned around, and of none."""
+
+    def compute(batch: Arrays) -> Arrays:
+        x, mask = batch["x"], batch["mask"]
+        return {
+            "scaled": x * 2,
+            "turned": np.ascontiguousarray(x.transpose(0, 2, 1)),
+            "marked": mask + 1,
+            "sum": x.sum(axis=(1, 2)),
+        }
+
+    signature = Signature(
+        (TensorSpec("x", "FP32", (-1, -1, -1)), TensorSpec("mask", "FP32", (-1, -1))),
+        (
+            TensorSpec("scaled", "FP32", (-1, -1, -1)),
+            TensorSpec("turned", "FP32", (-1, -1, -1)),
+            TensorSpec("marked", "FP32", (-1, -1)),
+            TensorSpec("sum", "FP32", (-1,)),
+        ),
+        batched=True,
+    )
+    run = Executor(Model(compute), signature, max_rows=64, pad=True)
+    works = []
+    for index, (rows, width, height) in enumerate(shapes):
+        one = work(np.zeros((rows, 1)))
+        # Widths and heights differ, else nobody could say with which of them a turned output grew.
+        x = np.full((rows, width, 20 + height), index + 1, np.float32)
+        one.infer.inputs = {"x": x, "mask": x[:, :, 0]}
+        works.append(one)
+    together = run.run(works)
+    assert len(run.calls) == 1
+    for one, outcome in zip(works, together, strict=True):
+        (alone,) = run.run([one])
+        assert isinstance(outcome.result, dict)
+        assert isinstance(alone.result, dict)
+        for name, array in alone.result.items():
+            assert outcome.result[name].shape == array.shape
+            assert outcome.result[name].tolist() == array.tolist()

@@ -67,8 +67,10 @@ class Batching(_message.Message):
     max_delay_microseconds: _builtins.int
     """Optional. Microseconds that a request may wait for others to join it; 0 takes what is waiting."""
     pad_variable_dimensions: _builtins.bool
-    """Optional. Pad variable dimensions to the longest in the batch with zeros, where the
-    signature has -1 beyond the batch dimension. Off: only requests of one shape are joined.
+    """Optional. Pad variable dimensions to the longest in the batch with zeros, where the signature has -1
+    beyond the batch dimension, if they differ by less than twice (or are 8 at most). Outputs are cut back: their
+    variable dimensions that are as long as a padded one. For models to which zeros mean nothing. Off: only
+    requests of one shape are joined.
     """
     latency_objective_microseconds: _builtins.int
     """Optional. Microseconds from queueing to answer that most requests should keep: batches are made no larger,

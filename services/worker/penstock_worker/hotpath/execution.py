@@ -20,6 +20,8 @@ from penstock_kit.queue.messages import Request
 from penstock_worker.domain.runtime import Batch, Servable
 
 _MESSAGE_LENGTH = 2000
+# Dimensions up to 8 are padded to one another whatever they are.
+_SHORT_BITS = 3
 # Not all of BaseException: a signal may end the replica while a model warms up. SIGINT is ignored there.
 _RAISED_BY_MODELS = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
 
@@ -37,6 +39,10 @@ class ModelError(Internal):
     def __init__(self, message: str, *, raised: bool = False) -> None:
         super().__init__(message)
         self.raised = raised
+
+
+_Axes = dict[int, tuple[str, int]]
+"""Axis of an output → the input, and its axis, that it is as long as."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -86,6 +92,7 @@ class Executor:
         self._outputs = signature.outputs
         self._batched = signature.batched
         self._pad = pad and any(-1 in spec.shape[1:] for spec in signature.inputs)
+        self._inputs = {spec.name: spec for spec in signature.inputs}
         self.max_rows = max_rows
         self.calls: list[Call] = []
         """Calls made since the caller last emptied this list."""
@@ -95,11 +102,11 @@ class Executor:
         if self.max_rows == 1:
             return None
         inputs = infer.inputs
+        if self._pad:
+            return tuple([(name, bucket_of(array.shape[1:])) for name, array in inputs.items()])
         if len(inputs) == 1:
             (array,) = inputs.values()
-            return array.ndim if self._pad else array.shape[1:]
-        if self._pad:
-            return tuple(inputs)
+            return array.shape[1:]
         return tuple([(name, array.shape[1:]) for name, array in inputs.items()])
 
     def run(self, batch: Sequence[Work]) -> list[Outcome]:
@@ -136,6 +143,7 @@ class Executor:
             return [Outcome(work.request, work.infer, error, work.started_ns, decode_ns)]
         compute_ns = time.time_ns() - joined
         outcomes = []
+        cuts = self._cuts(batch, inputs, outputs) if self._pad and len(batch) > 1 else {}
         at = 0
         for work in batch:
             infer = work.infer
@@ -144,9 +152,34 @@ class Executor:
             else:
                 end = at + infer.rows
                 result = {name: array[at:end] for name, array in outputs.items()}
+                for name, axes in cuts.items():
+                    cut = [slice(None)] * outputs[name].ndim
+                    for axis, (source, source_axis) in axes.items():
+                        cut[axis] = slice(infer.inputs[source].shape[source_axis])
+                    result[name] = result[name][tuple(cut)]
                 at = end
             outcomes.append(Outcome(work.request, infer, result, work.started_ns, input_ns, compute_ns))
         return outcomes
+
+    def _cuts(self, batch: Sequence[Work], inputs: Batch, outputs: Batch) -> dict[str, _Axes]:
+        """Return which axes of outputs grew with the padding of inputs, and with which axis of which input.
+
+        Those are the variable ones that are as long as an input was made; of several inputs of that length,
+        one that has it on the same axis.
+        """
+        lengths: dict[int, list[tuple[str, int]]] = {}
+        for name, array in inputs.items():
+            for axis in _variable(self._inputs[name]):
+                if any(work.infer.inputs[name].shape[axis] != array.shape[axis] for work in batch):
+                    lengths.setdefault(array.shape[axis], []).append((name, axis))
+        cuts: dict[str, _Axes] = {}
+        for spec in self._outputs if lengths else ():
+            for axis in _variable(spec):
+                sources = lengths.get(outputs[spec.name].shape[axis])
+                if sources:
+                    same = [source for source in sources if source[1] == axis]
+                    cuts.setdefault(spec.name, {})[axis] = (same or sources)[0]
+        return cuts
 
     def _compute(self, inputs: Batch, rows: int, input_ns: int) -> Batch:
         if rows <= self.max_rows or not self._batched:
@@ -259,6 +292,18 @@ def late(work: Work) -> Outcome:
         "The deadline would pass before the answer is computed; allow more time, or add replicas."
     )
     return Outcome(work.request, None, error, work.started_ns)
+
+
+def bucket_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return what is equal for shapes that are padded to one another.
+
+    By dimension they differ by less than twice, or are both short: padding costs computing.
+    """
+    return tuple([max(_SHORT_BITS, (size - 1).bit_length()) for size in shape])
+
+
+def _variable(spec: TensorSpec) -> list[int]:
+    return [axis for axis, size in enumerate(spec.shape) if axis and size < 0]
 
 
 def _pad(arrays: Sequence[Array]) -> Array:
