@@ -6,5 +6,11 @@ for pays for none of them: its head is looked up by its bytes, its body is hande
 answers of one tick of the loop leave in one write. Every other call is served as ASGI.
 
 What the protocols ask for beside that is written here once: framing, flow control, limits, draining.
-Header compression comes from `hpack`, the parsing of HTTP/1 heads and chunks from `h11`.
+Header compression comes from `hpack`, the parsing of HTTP/1 heads from `h11`.
+
+    server    the socket, what all connections share, and who must go when there is too much of something
+    http1     a connection of HTTP/1; turn: a call on it; chunks: bodies of unknown length
+    http2     a connection of HTTP/2; stream: a call on it; frames, hpack: its language
+    carrier ◀ sending ◀ control ◀ http2: writing ◀ windows and turns ◀ settings, resets, faults ◀ calls
+    exchange  a call as ASGI; ports: a call by plan
 """

@@ -54,7 +54,7 @@ class Carrier(asyncio.Protocol):
         return transport is None or (self._closing and transport.get_write_buffer_size() == 0)
 
     def write(self, data: bytes) -> None:
-        """Write at the end of this tick."""
+        """Write; what is written in one round of events leaves together."""
         transport = self._transport
         if transport is None or self._shut:
             return
@@ -63,7 +63,7 @@ class Carrier(asyncio.Protocol):
             self._look_at_backlog(transport)
 
     def write_parts(self, parts: Sequence[bytes | memoryview], size: int) -> None:
-        """Write what belongs together at the end of this tick; `size` is about its length."""
+        """Write what belongs together; `size` is about its length."""
         transport = self._transport
         if transport is None or self._shut:
             return

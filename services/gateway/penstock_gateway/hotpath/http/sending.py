@@ -1,4 +1,4 @@
-"""The sending half of an HTTP/2 connection: frames of one tick in one write, windows, turns."""
+"""The sending half of an HTTP/2 connection: windows, and the turns of those who wait for them."""
 
 from __future__ import annotations
 
