@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import socket
 
 import pytest
@@ -130,6 +131,11 @@ class TestHeads:
             peer = await Peer.connect(world)
             peer.send(frames.frame(frames.HEADERS, OK, 1, sent))
             assert await peer.end_code() == frames.ENHANCE_YOUR_CALM
+
+    async def test_a_head_of_too_many_headers(self, world: ToyWorld) -> None:
+        peer = await Peer.connect(world)
+        peer.send(peer.head(1, "/plan/echo", *((b"x-%d" % number, b"") for number in range(300)), end=True))
+        assert await peer.reset_code(1) == frames.PROTOCOL_ERROR
 
     async def test_large_heads_are_not_remembered(self, world: ToyWorld) -> None:
         peer, line = await Peer.connect(world), await Line.connect(world)
@@ -377,6 +383,30 @@ class TestMemory:
         peer.send(data(1, bytes(16_384)), data(1, bytes(16_384)))
         assert (await peer.answer(1)).fields[b"grpc-status"] == b"8"
         assert world.server.held_bytes == 0
+
+    @pytest.mark.parametrize(
+        ("limits", "allowed", "connections"),
+        [
+            ((1024, 2048), (2048, 2048), 1792),
+            ((1024, 1 << 20), (8448, 1 << 20), 8192),
+            ((300, 300), (300, 300), 150),
+            ((1024, resource.RLIM_INFINITY), (8448, resource.RLIM_INFINITY), 8192),
+            ((1 << 20, 1 << 20), None, 8192),
+            ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 8192),
+        ],
+    )
+    def test_as_many_connections_are_allowed_as_files_may_be_opened(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        limits: tuple[int, int],
+        allowed: tuple[int, int] | None,
+        connections: int,
+    ) -> None:
+        asked: list[tuple[int, int]] = []
+        monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+        monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: asked.append(wanted))
+        assert server._allow_connections() == connections
+        assert asked == ([allowed] if allowed else [])
 
     async def test_connections_are_bounded_and_idle_ones_make_room(self, world: ToyWorld) -> None:
         world.server._max_connections = 20

@@ -22,6 +22,7 @@ _OF_CONNECTIONS = frozenset(
 )
 _PSEUDO = frozenset({b":method", b":path", b":scheme", b":authority"})
 MAX_CONTENT_LENGTH_DIGITS = 15
+MAX_HEADERS = 256
 
 
 class MalformedHead(ValueError):
@@ -82,6 +83,8 @@ def from_fields(fields: list[tuple[bytes, bytes]]) -> Head:
     Raises:
         MalformedHead: Its fields break the rules of RFC 9113, section 8.
     """
+    if len(fields) > MAX_HEADERS + len(_PSEUDO):
+        raise MalformedHead(f"it has over {MAX_HEADERS} headers")
     pseudo: dict[bytes, bytes] = {}
     headers: list[tuple[bytes, bytes]] = []
     for name, value in fields:

@@ -12,7 +12,7 @@ import h11
 from penstock_gateway.hotpath.http.carrier import Carrier
 from penstock_gateway.hotpath.http.chunks import ChunkReader, MalformedChunks
 from penstock_gateway.hotpath.http.exchange import Exchange
-from penstock_gateway.hotpath.http.head import Head, MalformedHead, from_line
+from penstock_gateway.hotpath.http.head import MAX_HEADERS, Head, MalformedHead, from_line
 from penstock_gateway.hotpath.http.hpack import MAX_HEAD_BYTES
 from penstock_gateway.hotpath.http.parts import Parts
 from penstock_gateway.hotpath.http.turn import PHRASES, Turn
@@ -29,7 +29,6 @@ IDLE_SECONDS = 300.0
 # Between two parts of a body, where it is not the application that does not read.
 BODY_SECONDS = 60.0
 HIGH_WATER_BYTES = 256 * 1024
-MAX_HEADERS = 256
 # Of calls that follow the open one, so much is read ahead.
 _AHEAD_BYTES = 64 * 1024
 _MAX_CACHED_HEAD = 2048
