@@ -448,7 +448,7 @@ class Http2Connection(Control):
     def _fail(self, code: int, why: str) -> None:
         if self._closing:
             return
-        log.info("an HTTP/2 connection is ended: %s", why, extra={"code": code})
+        self.server.blame(why)
         self.write(frames.goaway(self._last, code, why.encode()[:128]))
         self._finish_writing()
         self._rest = b""

@@ -67,6 +67,9 @@ class HttpServer:
         self._ticker: asyncio.TimerHandle | None = None
         self._max_connections = MAX_CONNECTIONS
         self._turned_away = 0
+        # Connections that broke the protocol since the last look, and how the last one did.
+        self._faults = 0
+        self._last_fault = ""
         self._refusing = False
         self.date = b""
         self._date_second = 0
@@ -137,6 +140,11 @@ class HttpServer:
     def closed(self, connection: Connection) -> None:
         """Forget a connection."""
         self._connections.discard(connection)
+
+    def blame(self, why: str) -> None:
+        """Count a connection that broke the protocol; they are logged together, as one caller makes many."""
+        self._faults += 1
+        self._last_fault = why
 
     def plan(self, head: Head) -> None:
         """Fill in how calls with a head are served."""
@@ -225,6 +233,12 @@ class HttpServer:
                 extra={"refused": self._turned_away, "open": self.connections},
             )
             self._turned_away = 0
+        if self._faults:
+            log.info(
+                "connections broke HTTP/2's rules and were ended",
+                extra={"ended": self._faults, "last": self._last_fault},
+            )
+            self._faults = 0
 
     def _make_room(self, now: float) -> None:
         """Give up connections that cost more than there is."""
