@@ -148,8 +148,8 @@ async def test_a_gateway_killed_beside_another_fails_only_the_calls_that_it_had_
     failed = [call for call in calls(storm.path) if call.code != OK]
     (killed,) = report.strikes
     assert len({call.id.split("-")[1] for call in failed}) == len(failed), "one for each caller at most"
-    # The moment of the kill lies between these two.
-    assert all(call.began <= killed.done and call.ended >= killed.began for call in failed)
+    # Open at the kill, or sent before the caller's side could learn of it.
+    assert all(call.began <= killed.done + 0.5 and call.ended >= killed.began for call in failed)
     sdk = [SdkCaller("echo") for _ in range(16)]
     report = await storm.run(
         mesh.address, sdk, lambda history: strike(KillUnit(mesh, "gateway-2"), history, 1.0)

@@ -46,5 +46,10 @@ def deploy_python_echo(
 
 
 def wait_replicas(mesh: Mesh, client: penstock.Client, deployment: str, count: int) -> None:
-    """Wait until so many replicas would answer."""
-    mesh.wait(lambda: len(ready_replicas(client, deployment)) == count, f"{count} replicas of {deployment}")
+    """Wait until so many replicas would answer, and no other one is left: one that drains still answers."""
+
+    def there() -> bool:
+        alive = [replica for replica in client.list_replicas(deployment=deployment) if replica.pid]
+        return len(ready_replicas(client, deployment)) == len(alive) == count
+
+    mesh.wait(there, f"{count} replicas of {deployment}")
