@@ -32,7 +32,10 @@ class GatewaySettings(ServiceSettings):
         10.0, ge=0, le=600, description="Time for open calls to end after SIGTERM"
     )
     gateway_max_body_bytes: int = Field(
-        1 << 30, gt=0, description="Bytes of unfinished request bodies held at most, over all connections"
+        1 << 30,
+        gt=0,
+        description="Bytes of unfinished request bodies held at most, over all connections; "
+        "and as many of answers that their callers do not read",
     )
 
     gateway_cache_bytes: int = Field(

@@ -1,4 +1,4 @@
-"""gRPC through a real Envoy: inferences, errors, deadlines, cancellation, streams."""
+"""gRPC to a gateway process: inferences, errors, deadlines, cancellation, streams."""
 
 import asyncio
 import struct
