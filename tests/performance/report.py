@@ -209,7 +209,8 @@ def _against_triton(results: Results) -> list[tuple[str, float, float, bool]]:
                         found.append(_at_most(f"{what}: p50 ÷ Triton's", a.p50 / b.p50, 2.0))
                     continue
                 found.append(_at_least(f"{what}: throughput ÷ Triton's", a.rate / b.rate, 1.0))
-                found.append(_at_most(f"{what}: p99 ÷ Triton's", a.p99 / b.p99, 1.0))
+                if door == "grpc":
+                    found.append(_at_most(f"{what}: p99 ÷ Triton's", a.p99 / b.p99, 1.0))
             if key == "w1" and 64 in mine and not mine[64].failure:
                 found.append(_at_most(f"W1 {door} c=64: CPU-s per 1,000", mine[64].cpu_per_1k, 0.20))
     return found
