@@ -36,11 +36,21 @@ class Bundle:
     """Options of the runtime from the manifest, such as {"threads": "1"}."""
     steps: tuple[Step, ...] = ()
     """The graph of an ensemble; empty for what computes by itself."""
+    max_rows: int = 1
+    """Rows in one call of the model at most; 1 for one that does not batch."""
 
     @property
     def threads(self) -> int:
         """Processor threads that one call of the model may use: the parameter `threads`, else 1."""
         return max(1, int(self.parameters.get("threads", "1")))
+
+
+class DeviceLost(BaseException):
+    """A device is in a state that only the end of the process clears, such as a GPU after a failed assertion.
+
+    No `Exception`: it is not one request's error. The process ends, and what it computed is computed
+    elsewhere, alone, so that a request which does this to every device is found out.
+    """
 
 
 class Servable(Protocol):

@@ -76,7 +76,9 @@ def load(config: ReplicaConfig) -> Loaded | LoadedConcurrent:
             reason=Reason.MANIFEST_MISMATCH,
         )
     steps = steps_from_proto(manifest.ensemble)
-    bundle = Bundle(directory, manifest.format, entrypoint, signature, dict(manifest.parameters), steps)
+    max_rows = rows_per_call(signature, config.batching.max_batch_size, manifest.batching.max_batch_size)
+    parameters = dict(manifest.parameters)
+    bundle = Bundle(directory, manifest.format, entrypoint, signature, parameters, steps, max_rows)
     try:
         servable = runtime.load(bundle, config.devices)
     except PenstockError:
@@ -93,7 +95,7 @@ def load(config: ReplicaConfig) -> Loaded | LoadedConcurrent:
     executor = Executor(
         servable,
         signature,
-        max_rows=rows_per_call(signature, config.batching.max_batch_size, manifest.batching.max_batch_size),
+        max_rows=max_rows,
         pad=config.batching.pad_variable_dimensions,
     )
     if manifest.parameters.get("warmup") == "off":

@@ -24,7 +24,7 @@ from penstock_kit.queue.ports import Reader
 from penstock_kit.queue.reader import QueueReader
 from penstock_kit.telemetry.logs import configure_logging
 from penstock_worker.domain.replica import ProcessState, ProcessStatus, ReplicaConfig
-from penstock_worker.domain.runtime import Mesh
+from penstock_worker.domain.runtime import DeviceLost, Mesh
 from penstock_worker.hotpath.answering import Answering, Tracer
 from penstock_worker.hotpath.concurrent import ConcurrentServing
 from penstock_worker.hotpath.execution import Outcome
@@ -75,7 +75,7 @@ def run_replica(config: ReplicaConfig) -> int:
         log.error("replica failed: %s", error.message)
         status.tell(ProcessState.FAILED, error.message)
         return 1
-    except Exception as error:
+    except (Exception, DeviceLost) as error:
         log.exception("replica failed")
         status.tell(ProcessState.FAILED, f"{type(error).__name__}: {error}")
         return 1

@@ -6,11 +6,12 @@ order of the signature's outputs, or a dictionary by their names.
 
 from __future__ import annotations
 
+import logging
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +21,11 @@ from penstock_kit.errors import FailedPrecondition, Reason
 from penstock_kit.oip import BFLOAT16, Array
 from penstock_worker.adapters.runtimes.pt2_safety import refuse_unsafe_pt2
 from penstock_worker.domain.runtime import Batch, Bundle, Servable
+
+if TYPE_CHECKING:
+    from penstock_worker.adapters.runtimes.cuda_path import CudaPath
+
+log = logging.getLogger(__name__)
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -55,7 +61,10 @@ class TorchRuntime:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 script = torch.jit.load(str(bundle.entrypoint), map_location=device)
             module = script.eval()
-        return TorchServable(module, bundle, device)
+        servable = TorchServable(module, bundle, device)
+        if device.type == "cuda" and bundle.parameters.get("cuda_streams") != "off":
+            servable.use_streams(bundle)
+        return servable
 
 
 def _refuse_unsafe_torchscript(path: Path) -> None:
@@ -108,35 +117,63 @@ class TorchServable:
         self._inputs = tuple(spec.name for spec in bundle.signature.inputs)
         self._outputs = tuple(spec.name for spec in bundle.signature.outputs)
         self._device = device
+        self._path: CudaPath | None = None
         buffers = module.buffers() if isinstance(module, torch.nn.Module) else ()
         self._state = frozenset(buffer.untyped_storage().data_ptr() for buffer in buffers)
         # Inputs may be views of the request's bytes. Models that write to their input are rare, and write to
         # memory that nobody reads again.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
+    def use_streams(self, bundle: Bundle) -> None:
+        """Copy through page-locked memory from now on, and compute by graphs what the bundle lets them.
+
+        Raises:
+            FailedPrecondition: LOAD_FAILED if a parameter is none that there is.
+            DeviceLost: The GPU has not survived the attempt.
+        """
+        # Imported here: nobody without a GPU needs it.
+        from penstock_worker.adapters.runtimes.cuda_path import CudaPath, GraphMode, mode_of
+        from penstock_worker.adapters.runtimes.cuda_streams import CudaStreams
+
+        mode = mode_of(bundle)
+        self._path = CudaPath(self._compute, bundle.signature, CudaStreams(self._device), self._array)
+        if bundle.parameters.get("warmup") != "off":
+            self._path.capture(mode, bundle.max_rows)
+        elif mode is not GraphMode.OFF:
+            log.info("no CUDA graphs without a warm-up")
+
     def predict(self, batch: Batch) -> Batch:
         """Compute one batch without gradients.
 
         Raises:
             Exception: Whatever the model raises.
+            DeviceLost: The GPU cannot be used any more.
         """
-        if self._module is None:
-            raise RuntimeError("The model is closed.")
+        if self._path is not None:
+            return self._path.predict(batch)
         with torch.inference_mode():
             tensors = [self._tensor(batch[name]) for name in self._inputs if name in batch]
-            try:
-                given = self._module(*tensors)
-            except RuntimeError as error:
-                if words := _words_of_torchscript(error):
-                    raise RuntimeError(words) from error
-                raise
-            return self._name(given)
+            return {name: self._array(tensor) for name, tensor in self._compute(tensors).items()}
 
     def close(self) -> None:
         """Let go of the model's memory."""
         self._module = None
+        if self._path is not None:
+            self._path.close()
+            self._path = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _compute(self, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self._module is None:
+            raise RuntimeError("The model is closed.")
+        try:
+            given = self._module(*tensors)
+        except RuntimeError as error:
+            if words := _words_of_torchscript(error):
+                raise RuntimeError(words) from error
+            raise
+        return self._name(given)
 
     def _tensor(self, array: Array) -> torch.Tensor:
         if array.dtype == BFLOAT16:
@@ -145,18 +182,18 @@ class TorchServable:
             tensor = torch.from_numpy(np.ascontiguousarray(array) if array.ndim else array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device)
 
-    def _name(self, given: Any) -> dict[str, Array]:
+    def _name(self, given: Any) -> dict[str, torch.Tensor]:
         if isinstance(given, torch.Tensor):
             given = (given,)
         if isinstance(given, dict):
-            return {str(name): self._array(tensor) for name, tensor in given.items()}
+            return {str(name): tensor for name, tensor in given.items()}
         if not isinstance(given, (list, tuple)):
             raise TypeError(f"The model gave a {type(given).__name__} instead of tensors.")
         if len(given) != len(self._outputs):
             raise ValueError(
                 f"The model gave {len(given)} tensors, the signature has {len(self._outputs)} outputs."
             )
-        return {name: self._array(tensor) for name, tensor in zip(self._outputs, given, strict=True)}
+        return dict(zip(self._outputs, given, strict=True))
 
     def _array(self, tensor: torch.Tensor) -> Array:
         tensor = tensor.detach().cpu()
