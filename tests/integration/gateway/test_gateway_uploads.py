@@ -75,7 +75,7 @@ async def test_others_are_served_while_a_large_body_is_read(
         await http.get("/v2/health/live")
         served += 1
     assert (await large).json() == {"output_data": len(data)}
-    assert served > 5
+    assert served > 2
 
 
 async def test_what_is_too_large_for_its_form_is_refused(http: httpx.AsyncClient) -> None:

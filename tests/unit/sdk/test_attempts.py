@@ -39,7 +39,8 @@ def test_pauses_grow_and_differ_from_caller_to_caller() -> None:
 
     first, second = pauses(), pauses()
     assert first != second
-    assert first[0] < 0.1 < first[4] < first[-1] <= 1.3
+    assert first[0] < 0.1 < first[4]
+    assert max(first) <= 1.3
 
 
 @pytest.mark.parametrize("error", [Internal("broken"), ResourceExhausted("full", retry_after_seconds=1.0)])
