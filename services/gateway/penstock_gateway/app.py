@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 from penstock.registry.v1 import registry_service_pb2
 from penstock.scheduler.v1 import scheduler_service_pb2
 from penstock_gateway.adapters.channels import Service
-from penstock_gateway.adapters.routes import RouteWatcher
 from penstock_gateway.adapters.services import RegistryClient, SchedulerClient
 from penstock_gateway.adapters.statistics import StatisticsReader
 from penstock_gateway.api.grpc import gateway, health, oip, passthrough, reflection
@@ -32,6 +31,7 @@ from penstock_gateway.usecases.repository import Repository
 from penstock_gateway.usecases.watch import QueueWatch
 from penstock_kit.lifecycle import TaskSet
 from penstock_kit.queue.sender import RequestSender
+from penstock_kit.routing.watch import RouteWatcher
 from penstock_kit.telemetry import (
     MetricsServer,
     Readings,

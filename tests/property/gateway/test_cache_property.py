@@ -16,14 +16,14 @@ from penstock.queue.v1.envelope_pb2 import (
     RequestHeader,
 )
 from penstock_gateway.domain.admission import Backlog
-from penstock_gateway.domain.model import Description
-from penstock_gateway.domain.routing import CachePolicy, Route, Table, Target
 from penstock_gateway.hotpath.cache import OVERHEAD_BYTES, ResponseCache
 from penstock_gateway.hotpath.canonical import MAX_KEYED_BYTES, key_of, split, with_id, without_id
 from penstock_gateway.hotpath.flights import Leavable, Outcome
 from penstock_kit.errors import Code, DeadlineExceeded
 from penstock_kit.queue.memory import MemoryBroker, MemoryReader, MemorySender
 from penstock_kit.queue.messages import Reply, Request
+from penstock_kit.routing.model import Description
+from penstock_kit.routing.table import CachePolicy, Route, Table, Target
 
 LIMIT = 6 * OVERHEAD_BYTES
 TTL = 10.0

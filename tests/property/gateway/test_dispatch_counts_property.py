@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC, ReplyHeader
-from penstock_gateway.domain.model import Description
-from penstock_gateway.domain.routing import Route, Table, Target
 from penstock_gateway.hotpath.dispatch import Dispatcher, Ticket
 from penstock_kit.errors import PenstockError, Unavailable
 from penstock_kit.queue.memory import MemoryBroker, MemoryReader, MemorySender
 from penstock_kit.queue.messages import Reply
+from penstock_kit.routing.model import Description
+from penstock_kit.routing.table import Route, Table, Target
 
 NAMES = ("a", "b")
 Outcome = Reply | BaseException

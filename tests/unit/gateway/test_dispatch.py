@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 
 from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC, ReplyHeader
-from penstock_gateway.domain.model import Description
-from penstock_gateway.domain.routing import Route, Table, Target
 from penstock_gateway.hotpath.bounds import bounds
 from penstock_gateway.hotpath.dispatch import Dispatcher
 from penstock_gateway.hotpath.lanes import BUCKETS
@@ -22,6 +20,8 @@ from penstock_kit.errors import (
 )
 from penstock_kit.queue.memory import MemoryBroker, MemorySender
 from penstock_kit.queue.messages import Reply
+from penstock_kit.routing.model import Description
+from penstock_kit.routing.table import Route, Table, Target
 
 
 def table(

@@ -8,12 +8,12 @@ import pytest
 
 from penstock.oip.v2 import inference_pb2 as oip
 from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC, ReplyHeader
-from penstock_gateway.domain.model import Description
-from penstock_gateway.domain.routing import CachePolicy, Route, Table, Target
 from penstock_gateway.hotpath.dispatch import Dispatcher
 from penstock_kit.errors import ResourceExhausted, Unavailable
 from penstock_kit.queue.memory import MemoryBroker, MemoryReader, MemorySender
 from penstock_kit.queue.messages import Reply
+from penstock_kit.routing.model import Description
+from penstock_kit.routing.table import CachePolicy, Route, Table, Target
 
 BOTH = CachePolicy(keep=True, coalesce=True)
 FIRST = "m:1:abc"

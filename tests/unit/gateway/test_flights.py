@@ -9,13 +9,13 @@ import pytest
 from penstock.oip.v2 import inference_pb2 as oip
 from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC, ReplyHeader, RequestHeader
 from penstock_gateway.domain.admission import Backlog
-from penstock_gateway.domain.model import Description
-from penstock_gateway.domain.routing import CachePolicy, Route, Table, Target
 from penstock_gateway.hotpath.cache import ResponseCache
 from penstock_gateway.hotpath.flights import Leavable, Outcome
 from penstock_kit.errors import Code, DeadlineExceeded, ResourceExhausted, Unavailable
 from penstock_kit.queue.memory import MemoryBroker, MemoryReader, MemorySender
 from penstock_kit.queue.messages import Reply, Request
+from penstock_kit.routing.model import Description
+from penstock_kit.routing.table import CachePolicy, Route, Table, Target
 
 QUEUE = "m:1:abc"
 TARGET = Target("models/m", 1, 100, QUEUE, 1, Description(), digest="sha256:abc")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from penstock_gateway.domain.model import Description
-from penstock_gateway.domain.routing import Route, Table, Target, not_ready, split_name
 from penstock_kit.errors import InvalidArgument, NotFound, Reason, Unavailable
+from penstock_kit.routing.model import Description
+from penstock_kit.routing.table import Route, Table, Target, not_ready, split_name
 
 
 def target(version: int, weight: int, ready: int = 1, aliases: tuple[str, ...] = ()) -> Target:

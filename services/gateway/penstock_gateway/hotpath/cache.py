@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
 from penstock.queue.v1.envelope_pb2 import ReplyHeader
-from penstock_gateway.domain.routing import CachePolicy, Table, Target
 from penstock_gateway.domain.statistics import CacheCounters
 from penstock_gateway.hotpath.canonical import key_of
 from penstock_gateway.hotpath.flights import Flight, Look
 from penstock_kit.queue.messages import Reply
 from penstock_kit.queue.ports import Sender
+from penstock_kit.routing.table import CachePolicy, Table, Target
 
 DEFAULT_LIMIT_BYTES = 256 << 20
 # What an answer costs beside its bytes: key, entry, reply, its place in the table (475 bytes measured).

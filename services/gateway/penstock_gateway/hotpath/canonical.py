@@ -14,8 +14,8 @@ from google.protobuf.message import DecodeError
 
 from penstock.oip.v2.inference_pb2 import ModelInferRequest
 from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC
-from penstock_gateway.domain.routing import Target
 from penstock_gateway.hotpath.scan import encode_varint
+from penstock_kit.routing.table import Target
 
 # SHA-256 takes 0.6 ms for it (with the processor's instructions), in which nobody else is served.
 MAX_KEYED_BYTES = 1 << 20

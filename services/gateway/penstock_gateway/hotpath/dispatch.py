@@ -11,7 +11,6 @@ from functools import partial
 
 from penstock.queue.v1.envelope_pb2 import PayloadFormat, RequestHeader
 from penstock_gateway.domain.admission import NOWHERE, Backlog, Waitlist
-from penstock_gateway.domain.routing import Table, Target, not_ready, split_name
 from penstock_gateway.hotpath import lanes
 from penstock_gateway.hotpath.cache import DEFAULT_LIMIT_BYTES, ResponseCache
 from penstock_gateway.hotpath.flights import Leavable
@@ -30,6 +29,7 @@ from penstock_kit.queue.keys import PRIORITY_NORMAL
 from penstock_kit.queue.messages import Reply
 from penstock_kit.queue.ports import Sender
 from penstock_kit.queue.waiting import settle
+from penstock_kit.routing.table import Table, Target, not_ready, split_name
 
 _CANCELLED = int(Code.CANCELLED)
 _DEADLINE_EXCEEDED = int(Code.DEADLINE_EXCEEDED)

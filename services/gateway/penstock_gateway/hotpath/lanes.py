@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from penstock_gateway.domain.routing import Route, Target
 from penstock_gateway.hotpath.cache import Shelf
+from penstock_kit.routing.table import Route, Target
 
 # Of the places of a deployment, those kept for high priority, and for high and normal.
 _HIGHS_PART, _NORMALS_PART = 16, 8

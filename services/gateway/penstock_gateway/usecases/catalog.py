@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from penstock_gateway.domain.routing import Route, Table, Target, split_name
 from penstock_gateway.domain.statistics import Counters, total
 from penstock_gateway.usecases.ports import Registry, Statistics
 from penstock_kit.errors import InvalidArgument, NotFound, PenstockError
+from penstock_kit.routing.table import Route, Table, Target, split_name
 
 log = logging.getLogger(__name__)
 

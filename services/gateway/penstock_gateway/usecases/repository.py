@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from penstock_gateway.domain.routing import Table
 from penstock_gateway.usecases.ports import Registry, Scheduler
 from penstock_kit.errors import DeadlineExceeded, InvalidArgument, NotFound, Reason, Unavailable
+from penstock_kit.routing.table import Table
 
 Changed = Callable[[], asyncio.Event]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from penstock.oip.v2 import inference_pb2 as oip
-from penstock_gateway.domain.model import Tensor
 from penstock_gateway.domain.statistics import Counters
 from penstock_gateway.usecases.catalog import Offer, VersionCounters
+from penstock_kit.routing.model import Tensor
 
 _TYPES = {
     "BOOL": oip.TYPE_BOOL,

@@ -17,8 +17,8 @@ from email.parser import HeaderParser
 from email.utils import collapse_rfc2231_value
 
 from penstock_gateway.api.rest.http import dumps, loads
-from penstock_gateway.domain.model import Description, Tensor
 from penstock_kit.errors import InvalidArgument, Reason
+from penstock_kit.routing.model import Description, Tensor
 
 MULTIPART = "multipart/form-data"
 _MAX_PARTS = 256

@@ -8,8 +8,8 @@ from google.protobuf.json_format import MessageToDict
 
 from penstock.oip.v2 import inference_pb2 as oip
 from penstock_gateway.api.grpc import views
-from penstock_gateway.domain.model import Tensor
 from penstock_gateway.usecases.catalog import Offer, VersionCounters
+from penstock_kit.routing.model import Tensor
 
 
 def metadata(offer: Offer) -> dict[str, Any]:
