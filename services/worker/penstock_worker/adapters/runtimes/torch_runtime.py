@@ -19,6 +19,7 @@ import torch
 from penstock_kit.artifacts.torchscript import unsafe_torchscript
 from penstock_kit.errors import FailedPrecondition, Reason
 from penstock_kit.oip import BFLOAT16, Array
+from penstock_worker.adapters.runtimes.cpu_packing import PackMode, mode_of, pack_linear_layers
 from penstock_worker.adapters.runtimes.pt2_safety import refuse_unsafe_pt2
 from penstock_worker.domain.runtime import Batch, Bundle, Servable
 
@@ -94,12 +95,15 @@ def _words_of_torchscript(error: RuntimeError) -> str:
 
 
 def _load_pt2(bundle: Bundle, device: torch.device) -> Callable[..., Any]:
+    packing = mode_of(bundle.parameters)
     program = torch.export.load(str(bundle.entrypoint))
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device)
     module: Callable[..., Any] = program.module()
+    if device.type == "cpu" and packing is PackMode.AUTO and isinstance(module, torch.fx.GraphModule):
+        pack_linear_layers(module, bundle.max_rows)
     return module
 
 
