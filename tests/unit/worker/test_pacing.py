@@ -259,3 +259,32 @@ def test_what_is_read_late_counts_where_it_came() -> None:
     assert returns.share(0.001) == pytest.approx(0.0, abs=0.05)
     assert returns.share(0.003) == pytest.approx(1.0, abs=0.05)
     assert returns.arrived_rows == 8
+
+
+def test_a_crowd_that_is_late_as_a_whole_is_still_waited_for() -> None:
+    pacer = Pacer(LatencyCurve(16, 0.008, 0.012), 16)
+    now = crowd_comes_back(pacer, 16, times=60, after=0.002)
+    # One is back, later than usual; the fifteen others are queued but not read, or held up with it.
+    pacer.returns.arrived(now + 0.0027, 1)
+    seconds, rows = pacer.pause(now + 0.0033, 1, now + 0.0027, math.inf)
+    assert 0 < seconds < 0.004
+    assert rows == 16
+
+
+def test_a_crowd_that_stays_away_is_not_waited_for_twice_as_long_as_usual() -> None:
+    pacer = Pacer(LatencyCurve(16, 0.008, 0.012), 16)
+    now = crowd_comes_back(pacer, 16, times=60, after=0.002)
+    pacer.returns.arrived(now + 0.002, 1)
+    assert pacer.pause(now + 0.0065, 1, now + 0.002, math.inf) == (0.0, 0)
+
+
+def crowd_comes_back(pacer: Pacer, rows: int, *, times: int, after: float) -> float:
+    """Let a crowd come back so often, within half a millisecond; return when it was answered last."""
+    now = 100.0
+    for _ in range(times):
+        pacer.computed(rows, 0.012, now)
+        for row in range(rows):
+            pacer.returns.arrived(now + after + 0.0005 * row / rows, 1)
+        now += 0.015
+    pacer.computed(rows, 0.012, now)
+    return now

@@ -126,15 +126,24 @@ class Pacer:
             return 0.0, 0
         answered = returns.answered_rows
         alone = self.curve.seconds(waiting)
-        # What is back already is not expected again, however early it came.
+        arrived = returns.arrived_rows
         gone = answered * returns.share(elapsed)
-        to_come = answered * returns.share(elapsed + alone) - max(gone, returns.arrived_rows)
+        # How much later than usual the crowd is: those who should be back are on their way, or queued and not
+        # read yet. After twice the usual time they are not expected any more.
+        usual = returns.when(arrived / answered)
+        behind = max(0.0, elapsed - usual)
+        if behind > usual:
+            behind = 0.0
+        else:
+            gone = min(gone, arrived)
+        # What is back already is not expected again, however early it came.
+        to_come = answered * returns.share(elapsed + alone) - max(gone, arrived)
         if to_come < _EXPECTED_ROWS or not alone:
             return 0.0, 0
         steady = answered * returns.rate()
         best, chosen, rows = 1.0, 0.0, 0
         for edge in EDGES:
-            pause = edge + _SLACK_SECONDS - elapsed
+            pause = edge + behind + _SLACK_SECONDS - elapsed
             if pause <= _SHORTEST_SECONDS:
                 continue
             if pause > alone:

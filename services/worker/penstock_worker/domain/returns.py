@@ -8,6 +8,7 @@ how many have come after so many seconds, as a share of them.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 
 EDGES: Sequence[float] = tuple(0.00025 * 2 ** (step / 2) for step in range(22))
@@ -71,6 +72,20 @@ class Returns:
         low = self._at(edge - 1)
         below = EDGES[edge - 1] if edge else 0.0
         return low + (max(low, self._at(edge)) - low) * (seconds - below) / (EDGES[edge] - below)
+
+    def when(self, share: float) -> float:
+        """Return after how many seconds so many rows have usually come, per row answered; infinity for never."""
+        if share <= 0:
+            return 0.0
+        low, below = 0.0, 0.0
+        for edge, limit in enumerate(EDGES):
+            if not self._seen[edge]:
+                break
+            high = max(low, self._at(edge))
+            if high >= share:
+                return below + (limit - below) * (share - low) / (high - low)
+            low, below = high, limit
+        return math.inf
 
     def rate(self) -> float:
         """Return how many rows come in a second, per row answered, between one answer and the next."""
