@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"penstock/common/v1/resources.proto\x12\x12penstock.common.v1\"]\n\tResources\x12\x12\n\ncpu_millis\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04gpus\x18\x03 \x01(\x05\x12\x18\n\x10gpu_memory_bytes\x18\x04 \x01(\x03\"\x8b\x01\n\x08\x42\x61tching\x12\x16\n\x0emax_batch_size\x18\x01 \x01(\x05\x12\x1e\n\x16max_delay_microseconds\x18\x02 \x01(\x03\x12\x1f\n\x17pad_variable_dimensions\x18\x03 \x01(\x08\x12&\n\x1elatency_objective_microseconds\x18\x04 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"penstock/common/v1/resources.proto\x12\x12penstock.common.v1\"\x8c\x01\n\tResources\x12\x12\n\ncpu_millis\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x0c\n\x04gpus\x18\x03 \x01(\x05\x12\x18\n\x10gpu_memory_bytes\x18\x04 \x01(\x03\x12\x19\n\x11gpu_memory_millis\x18\x05 \x01(\x05\x12\x12\n\ndisk_bytes\x18\x06 \x01(\x03\"\x8b\x01\n\x08\x42\x61tching\x12\x16\n\x0emax_batch_size\x18\x01 \x01(\x05\x12\x1e\n\x16max_delay_microseconds\x18\x02 \x01(\x03\x12\x1f\n\x17pad_variable_dimensions\x18\x03 \x01(\x08\x12&\n\x1elatency_objective_microseconds\x18\x04 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.common.v1.resources_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESOURCES']._serialized_start=58
-  _globals['_RESOURCES']._serialized_end=151
-  _globals['_BATCHING']._serialized_start=154
-  _globals['_BATCHING']._serialized_end=293
+  _globals['_RESOURCES']._serialized_start=59
+  _globals['_RESOURCES']._serialized_end=199
+  _globals['_BATCHING']._serialized_start=202
+  _globals['_BATCHING']._serialized_end=341
 # @@protoc_insertion_point(module_scope)

@@ -26,6 +26,8 @@ class Resources(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     GPUS_FIELD_NUMBER: _builtins.int
     GPU_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    GPU_MEMORY_MILLIS_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
     cpu_millis: _builtins.int
     """Optional. Thousandths of a processor core; 0 means the service's default (50)."""
     memory_bytes: _builtins.int
@@ -34,6 +36,10 @@ class Resources(_message.Message):
     """Optional. Whole GPUs; 0 means that the CPU is used."""
     gpu_memory_bytes: _builtins.int
     """Optional. Bytes of memory on each GPU; 0 with gpus > 0 means the GPU is held alone."""
+    gpu_memory_millis: _builtins.int
+    """Optional. Thousandths of the memory of each GPU, instead of bytes: 500 is half of whichever GPU it gets."""
+    disk_bytes: _builtins.int
+    """Optional. Bytes of disk for the bundle; 0 means its size."""
     def __init__(
         self,
         *,
@@ -41,10 +47,12 @@ class Resources(_message.Message):
         memory_bytes: _builtins.int = ...,
         gpus: _builtins.int = ...,
         gpu_memory_bytes: _builtins.int = ...,
+        gpu_memory_millis: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_millis", b"cpu_millis", "gpu_memory_bytes", b"gpu_memory_bytes", "gpus", b"gpus", "memory_bytes", b"memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_millis", b"cpu_millis", "disk_bytes", b"disk_bytes", "gpu_memory_bytes", b"gpu_memory_bytes", "gpu_memory_millis", b"gpu_memory_millis", "gpus", b"gpus", "memory_bytes", b"memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from penstock.common.v1 import resources_pb2 as penstock_dot_common_dot_v1_dot_resources__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&penstock/scheduler/v1/deployment.proto\x12\x15penstock.scheduler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"penstock/common/v1/resources.proto\"\xa0\x05\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x07targets\x18\x02 \x03(\x0b\x32\x1d.penstock.scheduler.v1.Target\x12\x10\n\x08replicas\x18\x03 \x01(\x05\x12\x30\n\tresources\x18\x04 \x01(\x0b\x32\x1d.penstock.common.v1.Resources\x12.\n\x08\x62\x61tching\x18\x05 \x01(\x0b\x32\x1c.penstock.common.v1.Batching\x12=\n\x06labels\x18\x06 \x03(\x0b\x32-.penstock.scheduler.v1.Deployment.LabelsEntry\x12\x35\n\x05state\x18\x07 \x01(\x0e\x32&.penstock.scheduler.v1.DeploymentState\x12\x0f\n\x07message\x18\x08 \x01(\t\x12.\n\x07serving\x18\t \x03(\x0b\x32\x1d.penstock.scheduler.v1.Target\x12\x10\n\x08revision\x18\n \x01(\x05\x12\x16\n\x0eready_replicas\x18\x0b \x01(\x05\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nupdated_by\x18\x0e \x01(\t\x12\x0c\n\x04\x65tag\x18\x0f \x01(\t\x12\x17\n\x0fmax_queue_depth\x18\x10 \x01(\x05\x12\x33\n\x05\x63\x61\x63he\x18\x11 \x01(\x0b\x32$.penstock.scheduler.v1.ResponseCache\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"m\n\rResponseCache\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tmax_bytes\x18\x03 \x01(\x03\x12\x10\n\x08\x63oalesce\x18\x04 \x01(\x08\"\x89\x01\n\x06Target\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\x07version\x18\x02 \x01(\x05H\x00\x12\x0f\n\x05\x61lias\x18\x03 \x01(\tH\x00\x12\x0e\n\x06weight\x18\x04 \x01(\x05\x12\x18\n\x10resolved_version\x18\x05 \x01(\x05\x12\x16\n\x0eready_replicas\x18\x06 \x01(\x05\x42\n\n\x08selector\"\xc4\x01\n\x12\x44\x65ploymentRevision\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x05\x12.\n\x07targets\x18\x03 \x03(\x0b\x32\x1d.penstock.scheduler.v1.Target\x12\x10\n\x08replicas\x18\x04 \x01(\x05\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\x12\r\n\x05\x63\x61use\x18\x07 \x01(\t*\xe7\x01\n\x0f\x44\x65ploymentState\x12 \n\x1c\x44\x45PLOYMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_PENDING\x10\x01\x12\x1a\n\x16\x44\x45PLOYMENT_STATE_READY\x10\x02\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_UPDATING\x10\x03\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DEGRADED\x10\x04\x12\x1b\n\x17\x44\x45PLOYMENT_STATE_FAILED\x10\x05\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DELETING\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&penstock/scheduler/v1/deployment.proto\x12\x15penstock.scheduler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"penstock/common/v1/resources.proto\"\xfb\x07\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x07targets\x18\x02 \x03(\x0b\x32\x1d.penstock.scheduler.v1.Target\x12\x10\n\x08replicas\x18\x03 \x01(\x05\x12\x30\n\tresources\x18\x04 \x01(\x0b\x32\x1d.penstock.common.v1.Resources\x12.\n\x08\x62\x61tching\x18\x05 \x01(\x0b\x32\x1c.penstock.common.v1.Batching\x12=\n\x06labels\x18\x06 \x03(\x0b\x32-.penstock.scheduler.v1.Deployment.LabelsEntry\x12\x35\n\x05state\x18\x07 \x01(\x0e\x32&.penstock.scheduler.v1.DeploymentState\x12\x0f\n\x07message\x18\x08 \x01(\t\x12.\n\x07serving\x18\t \x03(\x0b\x32\x1d.penstock.scheduler.v1.Target\x12\x10\n\x08revision\x18\n \x01(\x05\x12\x16\n\x0eready_replicas\x18\x0b \x01(\x05\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nupdated_by\x18\x0e \x01(\t\x12\x0c\n\x04\x65tag\x18\x0f \x01(\t\x12\x17\n\x0fmax_queue_depth\x18\x10 \x01(\x05\x12\x33\n\x05\x63\x61\x63he\x18\x11 \x01(\x0b\x32$.penstock.scheduler.v1.ResponseCache\x12\x37\n\x0b\x61utoscaling\x18\x12 \x01(\x0b\x32\".penstock.scheduler.v1.Autoscaling\x12\x18\n\x10\x64\x65sired_replicas\x18\x13 \x01(\x05\x12<\n\x0erollout_policy\x18\x14 \x01(\x0b\x32$.penstock.scheduler.v1.RolloutPolicy\x12\x0f\n\x07rollout\x18\x15 \x01(\t\x12J\n\rnode_selector\x18\x16 \x03(\x0b\x32\x33.penstock.scheduler.v1.Deployment.NodeSelectorEntry\x12\x36\n\x0btolerations\x18\x17 \x03(\x0b\x32!.penstock.scheduler.v1.Toleration\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x33\n\x11NodeSelectorEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"(\n\nToleration\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\xc9\x01\n\x0b\x41utoscaling\x12\x14\n\x0cmin_replicas\x18\x01 \x01(\x05\x12\x14\n\x0cmax_replicas\x18\x02 \x01(\x05\x12\x37\n\x14queue_wait_objective\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04idle\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tcool_down\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xff\x02\n\rRolloutPolicy\x12\x38\n\x08strategy\x18\x01 \x01(\x0e\x32&.penstock.scheduler.v1.RolloutStrategy\x12\r\n\x05steps\x18\x02 \x03(\x05\x12\x30\n\rstep_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bmin_answers\x18\x04 \x01(\x05\x12\x1a\n\x12max_error_increase\x18\x05 \x01(\x01\x12\x19\n\x11max_latency_ratio\x18\x06 \x01(\x01\x12\x18\n\x10max_disagreement\x18\x07 \x01(\x01\x12\x11\n\ttolerance\x18\x08 \x01(\x01\x12\x33\n\x07metrics\x18\t \x03(\x0b\x32\".penstock.scheduler.v1.MetricGuard\x12\x18\n\x10\x66\x61lse_alarm_rate\x18\n \x01(\x01\x12+\n\x08patience\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\"F\n\x0bMetricGuard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0flower_is_better\x18\x02 \x01(\x08\x12\x10\n\x08max_loss\x18\x03 \x01(\x01\"m\n\rResponseCache\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tmax_bytes\x18\x03 \x01(\x03\x12\x10\n\x08\x63oalesce\x18\x04 \x01(\x08\"\x89\x01\n\x06Target\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\x07version\x18\x02 \x01(\x05H\x00\x12\x0f\n\x05\x61lias\x18\x03 \x01(\tH\x00\x12\x0e\n\x06weight\x18\x04 \x01(\x05\x12\x18\n\x10resolved_version\x18\x05 \x01(\x05\x12\x16\n\x0eready_replicas\x18\x06 \x01(\x05\x42\n\n\x08selector\"\xc4\x01\n\x12\x44\x65ploymentRevision\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x05\x12.\n\x07targets\x18\x03 \x03(\x0b\x32\x1d.penstock.scheduler.v1.Target\x12\x10\n\x08replicas\x18\x04 \x01(\x05\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\x12\r\n\x05\x63\x61use\x18\x07 \x01(\t*\xe7\x01\n\x0f\x44\x65ploymentState\x12 \n\x1c\x44\x45PLOYMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_PENDING\x10\x01\x12\x1a\n\x16\x44\x45PLOYMENT_STATE_READY\x10\x02\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_UPDATING\x10\x03\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DEGRADED\x10\x04\x12\x1b\n\x17\x44\x45PLOYMENT_STATE_FAILED\x10\x05\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DELETING\x10\x06*\xb0\x01\n\x0fRolloutStrategy\x12 \n\x1cROLLOUT_STRATEGY_UNSPECIFIED\x10\x00\x12 \n\x1cROLLOUT_STRATEGY_ALL_AT_ONCE\x10\x01\x12\x1b\n\x17ROLLOUT_STRATEGY_CANARY\x10\x02\x12\x1f\n\x1bROLLOUT_STRATEGY_BLUE_GREEN\x10\x03\x12\x1b\n\x17ROLLOUT_STRATEGY_SHADOW\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,16 +36,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DEPLOYMENT_LABELSENTRY']._loaded_options = None
   _globals['_DEPLOYMENT_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_DEPLOYMENTSTATE']._serialized_start=1292
-  _globals['_DEPLOYMENTSTATE']._serialized_end=1523
+  _globals['_DEPLOYMENT_NODESELECTORENTRY']._loaded_options = None
+  _globals['_DEPLOYMENT_NODESELECTORENTRY']._serialized_options = b'8\001'
+  _globals['_DEPLOYMENTSTATE']._serialized_start=2343
+  _globals['_DEPLOYMENTSTATE']._serialized_end=2574
+  _globals['_ROLLOUTSTRATEGY']._serialized_start=2577
+  _globals['_ROLLOUTSTRATEGY']._serialized_end=2753
   _globals['_DEPLOYMENT']._serialized_start=167
-  _globals['_DEPLOYMENT']._serialized_end=839
-  _globals['_DEPLOYMENT_LABELSENTRY']._serialized_start=794
-  _globals['_DEPLOYMENT_LABELSENTRY']._serialized_end=839
-  _globals['_RESPONSECACHE']._serialized_start=841
-  _globals['_RESPONSECACHE']._serialized_end=950
-  _globals['_TARGET']._serialized_start=953
-  _globals['_TARGET']._serialized_end=1090
-  _globals['_DEPLOYMENTREVISION']._serialized_start=1093
-  _globals['_DEPLOYMENTREVISION']._serialized_end=1289
+  _globals['_DEPLOYMENT']._serialized_end=1186
+  _globals['_DEPLOYMENT_LABELSENTRY']._serialized_start=1088
+  _globals['_DEPLOYMENT_LABELSENTRY']._serialized_end=1133
+  _globals['_DEPLOYMENT_NODESELECTORENTRY']._serialized_start=1135
+  _globals['_DEPLOYMENT_NODESELECTORENTRY']._serialized_end=1186
+  _globals['_TOLERATION']._serialized_start=1188
+  _globals['_TOLERATION']._serialized_end=1228
+  _globals['_AUTOSCALING']._serialized_start=1231
+  _globals['_AUTOSCALING']._serialized_end=1432
+  _globals['_ROLLOUTPOLICY']._serialized_start=1435
+  _globals['_ROLLOUTPOLICY']._serialized_end=1818
+  _globals['_METRICGUARD']._serialized_start=1820
+  _globals['_METRICGUARD']._serialized_end=1890
+  _globals['_RESPONSECACHE']._serialized_start=1892
+  _globals['_RESPONSECACHE']._serialized_end=2001
+  _globals['_TARGET']._serialized_start=2004
+  _globals['_TARGET']._serialized_end=2141
+  _globals['_DEPLOYMENTREVISION']._serialized_start=2144
+  _globals['_DEPLOYMENTREVISION']._serialized_end=2340
 # @@protoc_insertion_point(module_scope)

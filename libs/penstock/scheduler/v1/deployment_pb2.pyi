@@ -62,6 +62,38 @@ DEPLOYMENT_STATE_DELETING: DeploymentState.ValueType  # 6
 """Its replicas are finishing their work. Next: none."""
 Global___DeploymentState: _TypeAlias = DeploymentState  # noqa: Y015
 
+class _RolloutStrategy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RolloutStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RolloutStrategy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROLLOUT_STRATEGY_UNSPECIFIED: _RolloutStrategy.ValueType  # 0
+    """Not given; all at once."""
+    ROLLOUT_STRATEGY_ALL_AT_ONCE: _RolloutStrategy.ValueType  # 1
+    """All traffic at once, when the new targets are ready."""
+    ROLLOUT_STRATEGY_CANARY: _RolloutStrategy.ValueType  # 2
+    """By steps, each as long as its guards need."""
+    ROLLOUT_STRATEGY_BLUE_GREEN: _RolloutStrategy.ValueType  # 3
+    """All traffic at once; the earlier replicas stay, warm, until the guards have passed."""
+    ROLLOUT_STRATEGY_SHADOW: _RolloutStrategy.ValueType  # 4
+    """The new targets get a copy of the traffic, whose answers are compared and never returned; then all at once."""
+
+class RolloutStrategy(_RolloutStrategy, metaclass=_RolloutStrategyEnumTypeWrapper):
+    """How the traffic moves to new targets."""
+
+ROLLOUT_STRATEGY_UNSPECIFIED: RolloutStrategy.ValueType  # 0
+"""Not given; all at once."""
+ROLLOUT_STRATEGY_ALL_AT_ONCE: RolloutStrategy.ValueType  # 1
+"""All traffic at once, when the new targets are ready."""
+ROLLOUT_STRATEGY_CANARY: RolloutStrategy.ValueType  # 2
+"""By steps, each as long as its guards need."""
+ROLLOUT_STRATEGY_BLUE_GREEN: RolloutStrategy.ValueType  # 3
+"""All traffic at once; the earlier replicas stay, warm, until the guards have passed."""
+ROLLOUT_STRATEGY_SHADOW: RolloutStrategy.ValueType  # 4
+"""The new targets get a copy of the traffic, whose answers are compared and never returned; then all at once."""
+Global___RolloutStrategy: _TypeAlias = RolloutStrategy  # noqa: Y015
+
 @_typing.final
 class Deployment(_message.Message):
     """What is offered under a name: targets with weights, replicas, resources, batching."""
@@ -70,6 +102,26 @@ class Deployment(_message.Message):
 
     @_typing.final
     class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class NodeSelectorEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         KEY_FIELD_NUMBER: _builtins.int
@@ -105,6 +157,12 @@ class Deployment(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_DEPTH_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    AUTOSCALING_FIELD_NUMBER: _builtins.int
+    DESIRED_REPLICAS_FIELD_NUMBER: _builtins.int
+    ROLLOUT_POLICY_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    NODE_SELECTOR_FIELD_NUMBER: _builtins.int
+    TOLERATIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Required. deployments/{deployment}; callers use {deployment} as the model name."""
     replicas: _builtins.int
@@ -123,6 +181,10 @@ class Deployment(_message.Message):
     """Optional. What the caller read; an update with another value is refused with CONFLICT."""
     max_queue_depth: _builtins.int
     """Optional. Unanswered requests at one gateway at most; 0 means 4096."""
+    desired_replicas: _builtins.int
+    """Output only. Replicas per target that the load asks for now; replicas without autoscaling."""
+    rollout: _builtins.str
+    """Output only. deployments/{deployment}/rollouts/{rollout} that is under way; empty if none is."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Target]:
         """Required. Versions that answer, and which part of the traffic each gets. 1 to 16."""
@@ -155,6 +217,22 @@ class Deployment(_message.Message):
     def cache(self) -> Global___ResponseCache:
         """Optional. Whether gateways answer equal requests without computing each; left out, they compute each."""
 
+    @_builtins.property
+    def autoscaling(self) -> Global___Autoscaling:
+        """Optional. Lets the number of replicas follow the load; left out, it stays at replicas."""
+
+    @_builtins.property
+    def rollout_policy(self) -> Global___RolloutPolicy:
+        """Optional. How targets change; left out, all at once, when the new ones are ready."""
+
+    @_builtins.property
+    def node_selector(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Optional. Labels that a node must have, with these values."""
+
+    @_builtins.property
+    def tolerations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Toleration]:
+        """Optional. Taints of nodes that its replicas bear."""
+
     def __init__(
         self,
         *,
@@ -175,14 +253,192 @@ class Deployment(_message.Message):
         etag: _builtins.str = ...,
         max_queue_depth: _builtins.int = ...,
         cache: Global___ResponseCache | None = ...,
+        autoscaling: Global___Autoscaling | None = ...,
+        desired_replicas: _builtins.int = ...,
+        rollout_policy: Global___RolloutPolicy | None = ...,
+        rollout: _builtins.str = ...,
+        node_selector: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        tolerations: _abc.Iterable[Global___Toleration] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "cache", b"cache", "create_time", b"create_time", "resources", b"resources", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["autoscaling", b"autoscaling", "batching", b"batching", "cache", b"cache", "create_time", b"create_time", "resources", b"resources", "rollout_policy", b"rollout_policy", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "cache", b"cache", "create_time", b"create_time", "etag", b"etag", "labels", b"labels", "max_queue_depth", b"max_queue_depth", "message", b"message", "name", b"name", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "serving", b"serving", "state", b"state", "targets", b"targets", "update_time", b"update_time", "updated_by", b"updated_by"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscaling", b"autoscaling", "batching", b"batching", "cache", b"cache", "create_time", b"create_time", "desired_replicas", b"desired_replicas", "etag", b"etag", "labels", b"labels", "max_queue_depth", b"max_queue_depth", "message", b"message", "name", b"name", "node_selector", b"node_selector", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "rollout", b"rollout", "rollout_policy", b"rollout_policy", "serving", b"serving", "state", b"state", "targets", b"targets", "tolerations", b"tolerations", "update_time", b"update_time", "updated_by", b"updated_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Deployment: _TypeAlias = Deployment  # noqa: Y015
+
+@_typing.final
+class Toleration(_message.Message):
+    """Lets replicas on nodes that carry a taint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Optional. Key of the taint; empty bears all."""
+    value: _builtins.str
+    """Optional. Value of the taint; empty bears all of that key."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        value: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Toleration: _TypeAlias = Toleration  # noqa: Y015
+
+@_typing.final
+class Autoscaling(_message.Message):
+    """Lets the number of replicas of each target follow the load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_REPLICAS_FIELD_NUMBER: _builtins.int
+    MAX_REPLICAS_FIELD_NUMBER: _builtins.int
+    QUEUE_WAIT_OBJECTIVE_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
+    COOL_DOWN_FIELD_NUMBER: _builtins.int
+    min_replicas: _builtins.int
+    """Optional. Replicas at least; 0 ends all of them after `idle`, and the next request brings one back."""
+    max_replicas: _builtins.int
+    """Required. Replicas at most."""
+    @_builtins.property
+    def queue_wait_objective(self) -> _duration_pb2.Duration:
+        """Optional. How long a request may wait in the queue, most of the time; left out or 0 means 100 ms."""
+
+    @_builtins.property
+    def idle(self) -> _duration_pb2.Duration:
+        """Optional. How long nothing must have come before the last replica ends; left out or 0 means 5 min."""
+
+    @_builtins.property
+    def cool_down(self) -> _duration_pb2.Duration:
+        """Optional. How long fewer replicas must have been enough before any ends; left out or 0 means 60 s."""
+
+    def __init__(
+        self,
+        *,
+        min_replicas: _builtins.int = ...,
+        max_replicas: _builtins.int = ...,
+        queue_wait_objective: _duration_pb2.Duration | None = ...,
+        idle: _duration_pb2.Duration | None = ...,
+        cool_down: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cool_down", b"cool_down", "idle", b"idle", "queue_wait_objective", b"queue_wait_objective"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cool_down", b"cool_down", "idle", b"idle", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "queue_wait_objective", b"queue_wait_objective"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Autoscaling: _TypeAlias = Autoscaling  # noqa: Y015
+
+@_typing.final
+class RolloutPolicy(_message.Message):
+    """How a change of targets goes, and what ends it early."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    STEP_DURATION_FIELD_NUMBER: _builtins.int
+    MIN_ANSWERS_FIELD_NUMBER: _builtins.int
+    MAX_ERROR_INCREASE_FIELD_NUMBER: _builtins.int
+    MAX_LATENCY_RATIO_FIELD_NUMBER: _builtins.int
+    MAX_DISAGREEMENT_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    FALSE_ALARM_RATE_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    strategy: Global___RolloutStrategy.ValueType
+    """Optional. How the traffic moves."""
+    min_answers: _builtins.int
+    """Optional. Answers of the new targets at each step at least; 0 means 50."""
+    max_error_increase: _builtins.float
+    """Optional. How much more of the answers may be errors than of the running version's; 0 means 0.01."""
+    max_latency_ratio: _builtins.float
+    """Optional. How often the 95th percentile of the latency may be the running version's; 0 means 1.5."""
+    max_disagreement: _builtins.float
+    """Optional. Part of the mirrored answers that may differ (SHADOW); 0 means 0.01."""
+    tolerance: _builtins.float
+    """Optional. How far numbers may differ and still agree, relative to the larger; 0 means 0.001."""
+    false_alarm_rate: _builtins.float
+    """Optional. Chance that a version as good as the running one is rolled back, over the whole rollout; 0 means 0.01."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Optional. Percent of the traffic at each step of CANARY, rising, the last 100; empty means 1, 5, 25, 50, 100.
+        For SHADOW one number: percent of the traffic that is mirrored; empty means 100.
+        """
+
+    @_builtins.property
+    def step_duration(self) -> _duration_pb2.Duration:
+        """Optional. How long each step holds at least; left out or 0 means 10 s."""
+
+    @_builtins.property
+    def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___MetricGuard]:
+        """Optional. Metrics of the versions in the registry that must not get worse."""
+
+    @_builtins.property
+    def patience(self) -> _duration_pb2.Duration:
+        """Optional. How long to wait for enough answers before the step passes without them; left out or 0 means for ever."""
+
+    def __init__(
+        self,
+        *,
+        strategy: Global___RolloutStrategy.ValueType = ...,
+        steps: _abc.Iterable[_builtins.int] | None = ...,
+        step_duration: _duration_pb2.Duration | None = ...,
+        min_answers: _builtins.int = ...,
+        max_error_increase: _builtins.float = ...,
+        max_latency_ratio: _builtins.float = ...,
+        max_disagreement: _builtins.float = ...,
+        tolerance: _builtins.float = ...,
+        metrics: _abc.Iterable[Global___MetricGuard] | None = ...,
+        false_alarm_rate: _builtins.float = ...,
+        patience: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["patience", b"patience", "step_duration", b"step_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["false_alarm_rate", b"false_alarm_rate", "max_disagreement", b"max_disagreement", "max_error_increase", b"max_error_increase", "max_latency_ratio", b"max_latency_ratio", "metrics", b"metrics", "min_answers", b"min_answers", "patience", b"patience", "step_duration", b"step_duration", "steps", b"steps", "strategy", b"strategy", "tolerance", b"tolerance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RolloutPolicy: _TypeAlias = RolloutPolicy  # noqa: Y015
+
+@_typing.final
+class MetricGuard(_message.Message):
+    """A metric that a version's manifest records."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LOWER_IS_BETTER_FIELD_NUMBER: _builtins.int
+    MAX_LOSS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Required. Its name in the manifest."""
+    lower_is_better: _builtins.bool
+    """Optional. Whether more is worse, as for a loss."""
+    max_loss: _builtins.float
+    """Optional. How much worse it may be."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        lower_is_better: _builtins.bool = ...,
+        max_loss: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lower_is_better", b"lower_is_better", "max_loss", b"max_loss", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MetricGuard: _TypeAlias = MetricGuard  # noqa: Y015
 
 @_typing.final
 class ResponseCache(_message.Message):

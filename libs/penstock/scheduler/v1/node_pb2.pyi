@@ -108,6 +108,11 @@ class Node(_message.Message):
     CACHED_DIGESTS_FIELD_NUMBER: _builtins.int
     RUNTIMES_FIELD_NUMBER: _builtins.int
     AGENT_VERSION_FIELD_NUMBER: _builtins.int
+    CORDONED_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    TAINTS_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FREE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. nodes/{node}."""
     state: Global___NodeState.ValueType
@@ -124,6 +129,14 @@ class Node(_message.Message):
     """Output only. Address of the agent's own gRPC service."""
     agent_version: _builtins.str
     """Output only. Release of the agent."""
+    cordoned: _builtins.bool
+    """Optional. Nothing new is placed on it."""
+    draining: _builtins.bool
+    """Optional. What runs on it moves elsewhere: the new replica is ready before the old one ends. Implies cordoned."""
+    disk_bytes: _builtins.int
+    """Output only. Bytes of disk that bundles may use."""
+    disk_bytes_free: _builtins.int
+    """Output only. Bytes of disk still free."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
         """Output only. Its processor and GPUs."""
@@ -144,6 +157,10 @@ class Node(_message.Message):
     def runtimes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Output only. Runtimes it can run, such as torch, onnx, sklearn, python."""
 
+    @_builtins.property
+    def taints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Taint]:
+        """Optional. What only replicas that bear it may be placed beside."""
+
     def __init__(
         self,
         *,
@@ -160,14 +177,45 @@ class Node(_message.Message):
         cached_digests: _abc.Iterable[_builtins.str] | None = ...,
         runtimes: _abc.Iterable[_builtins.str] | None = ...,
         agent_version: _builtins.str = ...,
+        cordoned: _builtins.bool = ...,
+        draining: _builtins.bool = ...,
+        taints: _abc.Iterable[Global___Taint] | None = ...,
+        disk_bytes: _builtins.int = ...,
+        disk_bytes_free: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen_time", b"last_seen_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_version", b"agent_version", "cached_digests", b"cached_digests", "cpu_millis", b"cpu_millis", "cpu_millis_allocated", b"cpu_millis_allocated", "devices", b"devices", "labels", b"labels", "last_seen_time", b"last_seen_time", "memory_bytes", b"memory_bytes", "memory_bytes_allocated", b"memory_bytes_allocated", "name", b"name", "runtimes", b"runtimes", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_version", b"agent_version", "cached_digests", b"cached_digests", "cordoned", b"cordoned", "cpu_millis", b"cpu_millis", "cpu_millis_allocated", b"cpu_millis_allocated", "devices", b"devices", "disk_bytes", b"disk_bytes", "disk_bytes_free", b"disk_bytes_free", "draining", b"draining", "labels", b"labels", "last_seen_time", b"last_seen_time", "memory_bytes", b"memory_bytes", "memory_bytes_allocated", b"memory_bytes_allocated", "name", b"name", "runtimes", b"runtimes", "state", b"state", "taints", b"taints"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Node: _TypeAlias = Node  # noqa: Y015
+
+@_typing.final
+class Taint(_message.Message):
+    """Keeps replicas off a node that do not bear it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Required. Its key."""
+    value: _builtins.str
+    """Optional. Its value."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        value: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Taint: _TypeAlias = Taint  # noqa: Y015
 
 @_typing.final
 class Device(_message.Message):
@@ -180,6 +228,7 @@ class Device(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_ALLOCATED_FIELD_NUMBER: _builtins.int
+    PARENT_UUID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Required. Name on its node: cpu, gpu0, gpu1 …"""
     kind: Global___DeviceKind.ValueType
@@ -190,6 +239,8 @@ class Device(_message.Message):
     """Required. Bytes of its memory."""
     memory_bytes_allocated: _builtins.int
     """Output only. Bytes already given out."""
+    parent_uuid: _builtins.str
+    """Optional. The whole GPU that it is a slice of, for a MIG slice: the maker's UUID."""
     def __init__(
         self,
         *,
@@ -198,10 +249,11 @@ class Device(_message.Message):
         model: _builtins.str = ...,
         memory_bytes: _builtins.int = ...,
         memory_bytes_allocated: _builtins.int = ...,
+        parent_uuid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "kind", b"kind", "memory_bytes", b"memory_bytes", "memory_bytes_allocated", b"memory_bytes_allocated", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "kind", b"kind", "memory_bytes", b"memory_bytes", "memory_bytes_allocated", b"memory_bytes_allocated", "model", b"model", "parent_uuid", b"parent_uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,6 +22,121 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class ReportTrafficRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    gateway: _builtins.str
+    """Required. The gateway process; another one after each start."""
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___TargetTraffic]:
+        """Required. What it has counted, by deployment and version. Those without change may be left out."""
+
+    def __init__(
+        self,
+        *,
+        gateway: _builtins.str = ...,
+        targets: _abc.Iterable[Global___TargetTraffic] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportTrafficRequest: _TypeAlias = ReportTrafficRequest  # noqa: Y015
+
+@_typing.final
+class ReportTrafficResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportTrafficResponse: _TypeAlias = ReportTrafficResponse  # noqa: Y015
+
+@_typing.final
+class TargetTraffic(_message.Message):
+    """What a gateway process has counted of one version behind a deployment since the process began."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ARRIVED_FIELD_NUMBER: _builtins.int
+    SUCCEEDED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    OVERLOADED_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_REPLICA_FIELD_NUMBER: _builtins.int
+    LATENCIES_FIELD_NUMBER: _builtins.int
+    AGREED_FIELD_NUMBER: _builtins.int
+    DISAGREED_FIELD_NUMBER: _builtins.int
+    LATENCY_MICROSECONDS_FIELD_NUMBER: _builtins.int
+    deployment: _builtins.str
+    """Required. The name that callers use."""
+    model: _builtins.str
+    """Required. models/{model}."""
+    version: _builtins.int
+    """Required. Number of the version."""
+    arrived: _builtins.int
+    """Requests that came for it, refused ones included; mirrored ones not."""
+    succeeded: _builtins.int
+    """Requests answered with a result."""
+    failed: _builtins.int
+    """Requests answered with an error that the model or its replica is to blame for."""
+    overloaded: _builtins.int
+    """Requests refused for want of capacity: the queue full, or the deadline not to be met."""
+    waiting: _builtins.int
+    """Requests that wait for an answer now; no count."""
+    waiting_for_replica: _builtins.int
+    """Requests among them that wait because it has no replica; no count. They ask for one."""
+    agreed: _builtins.int
+    """Mirrored answers that agree with those returned, within the policy's tolerance."""
+    disagreed: _builtins.int
+    """Mirrored answers that differ, errors included."""
+    latency_microseconds: _builtins.int
+    """Sum over answers of the microseconds from the gateway to the end; with latencies it gives the mean."""
+    @_builtins.property
+    def latencies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Answers by how long they took, of succeeded and failed: bucket i counts those from 2^(i/4) to 2^((i+1)/4)
+        times 100 µs; the first bucket has all below, the last (63) all above.
+        """
+
+    def __init__(
+        self,
+        *,
+        deployment: _builtins.str = ...,
+        model: _builtins.str = ...,
+        version: _builtins.int = ...,
+        arrived: _builtins.int = ...,
+        succeeded: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        overloaded: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        waiting_for_replica: _builtins.int = ...,
+        latencies: _abc.Iterable[_builtins.int] | None = ...,
+        agreed: _builtins.int = ...,
+        disagreed: _builtins.int = ...,
+        latency_microseconds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreed", b"agreed", "arrived", b"arrived", "deployment", b"deployment", "disagreed", b"disagreed", "failed", b"failed", "latencies", b"latencies", "latency_microseconds", b"latency_microseconds", "model", b"model", "overloaded", b"overloaded", "succeeded", b"succeeded", "version", b"version", "waiting", b"waiting", "waiting_for_replica", b"waiting_for_replica"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TargetTraffic: _TypeAlias = TargetTraffic  # noqa: Y015
+
+@_typing.final
 class WatchRoutesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -79,6 +194,7 @@ class Route(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    SCALES_FROM_ZERO_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     """Required. The name callers use."""
     max_queue_depth: _builtins.int
@@ -89,6 +205,8 @@ class Route(_message.Message):
     """Required. Where the deployment stands. While it is READY, UPDATING or DEGRADED a request may wait for a
     replica to come back; while it is PENDING or FAILED without a ready replica it is refused at once.
     """
+    scales_from_zero: _builtins.bool
+    """Optional. A request may wait for a replica even where there is none: it brings one back."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteTarget]:
         """Required. Versions that can be reached; those with weight 0 only by number or alias."""
@@ -106,10 +224,11 @@ class Route(_message.Message):
         message: _builtins.str = ...,
         state: _deployment_pb2.DeploymentState.ValueType = ...,
         cache: _deployment_pb2.ResponseCache | None = ...,
+        scales_from_zero: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "deployment", b"deployment", "max_queue_depth", b"max_queue_depth", "message", b"message", "state", b"state", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "deployment", b"deployment", "max_queue_depth", b"max_queue_depth", "message", b"message", "scales_from_zero", b"scales_from_zero", "state", b"state", "targets", b"targets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -130,6 +249,8 @@ class RouteTarget(_message.Message):
     BATCHING_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    MIRROR_PERCENT_FIELD_NUMBER: _builtins.int
+    MIRROR_TOLERANCE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Required. models/{model}."""
     version: _builtins.int
@@ -142,6 +263,10 @@ class RouteTarget(_message.Message):
     """Required. Replicas that would answer now."""
     digest: _builtins.str
     """Required. Tree digest of the version."""
+    mirror_percent: _builtins.int
+    """Optional. Percent of the route's requests of which it gets a copy; the answers are compared, never returned."""
+    mirror_tolerance: _builtins.float
+    """Optional. How far numbers of mirrored answers may differ and still agree, relative to the larger."""
     @_builtins.property
     def manifest(self) -> _manifest_pb2.Manifest:
         """Required. The standard model description, for metadata and validation."""
@@ -166,10 +291,12 @@ class RouteTarget(_message.Message):
         batching: _resources_pb2.Batching | None = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         digest: _builtins.str = ...,
+        mirror_percent: _builtins.int = ...,
+        mirror_tolerance: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "batching", b"batching", "digest", b"digest", "manifest", b"manifest", "model", b"model", "queue", b"queue", "ready_replicas", b"ready_replicas", "version", b"version", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "batching", b"batching", "digest", b"digest", "manifest", b"manifest", "mirror_percent", b"mirror_percent", "mirror_tolerance", b"mirror_tolerance", "model", b"model", "queue", b"queue", "ready_replicas", b"ready_replicas", "version", b"version", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

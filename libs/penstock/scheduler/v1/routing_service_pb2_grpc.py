@@ -40,6 +40,11 @@ class RoutingServiceStub:
                 request_serializer=penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.WatchRoutesRequest.SerializeToString,
                 response_deserializer=penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.WatchRoutesResponse.FromString,
                 _registered_method=True)
+        self.ReportTraffic = channel.unary_unary(
+                '/penstock.scheduler.v1.RoutingService/ReportTraffic',
+                request_serializer=penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.ReportTrafficRequest.SerializeToString,
+                response_deserializer=penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.ReportTrafficResponse.FromString,
+                _registered_method=True)
 
 
 class RoutingServiceServicer:
@@ -53,6 +58,15 @@ class RoutingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportTraffic(self, request, context):
+        """Takes what one gateway process has counted, once a second, and at once when a request waits for a deployment
+        without replicas. Counts grow from the process's start, so that a lost report costs nothing. Only the
+        scheduler that leads takes it; others refuse with UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RoutingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +74,11 @@ def add_RoutingServiceServicer_to_server(servicer, server):
                     servicer.WatchRoutes,
                     request_deserializer=penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.WatchRoutesRequest.FromString,
                     response_serializer=penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.WatchRoutesResponse.SerializeToString,
+            ),
+            'ReportTraffic': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportTraffic,
+                    request_deserializer=penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.ReportTrafficRequest.FromString,
+                    response_serializer=penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.ReportTrafficResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +109,33 @@ class RoutingService:
             '/penstock.scheduler.v1.RoutingService/WatchRoutes',
             penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.WatchRoutesRequest.SerializeToString,
             penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.WatchRoutesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.scheduler.v1.RoutingService/ReportTraffic',
+            penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.ReportTrafficRequest.SerializeToString,
+            penstock_dot_scheduler_dot_v1_dot_routing__service__pb2.ReportTrafficResponse.FromString,
             options,
             channel_credentials,
             insecure,

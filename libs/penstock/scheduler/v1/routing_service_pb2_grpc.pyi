@@ -35,6 +35,11 @@ class RoutingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> RoutingServiceAsyncStub: ...
     WatchRoutes: _grpc.UnaryStreamMultiCallable[_routing_service_pb2.WatchRoutesRequest, _routing_service_pb2.WatchRoutesResponse]
     """Sends the whole table at once, and again after every change."""
+    ReportTraffic: _grpc.UnaryUnaryMultiCallable[_routing_service_pb2.ReportTrafficRequest, _routing_service_pb2.ReportTrafficResponse]
+    """Takes what one gateway process has counted, once a second, and at once when a request waits for a deployment
+    without replicas. Counts grow from the process's start, so that a lost report costs nothing. Only the
+    scheduler that leads takes it; others refuse with UNAVAILABLE.
+    """
 
 @_typing.type_check_only
 class RoutingServiceAsyncStub(RoutingServiceStub):
@@ -43,6 +48,11 @@ class RoutingServiceAsyncStub(RoutingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     WatchRoutes: _aio.UnaryStreamMultiCallable[_routing_service_pb2.WatchRoutesRequest, _routing_service_pb2.WatchRoutesResponse]  # type: ignore[assignment]
     """Sends the whole table at once, and again after every change."""
+    ReportTraffic: _aio.UnaryUnaryMultiCallable[_routing_service_pb2.ReportTrafficRequest, _routing_service_pb2.ReportTrafficResponse]  # type: ignore[assignment]
+    """Takes what one gateway process has counted, once a second, and at once when a request waits for a deployment
+    without replicas. Counts grow from the process's start, so that a lost report costs nothing. Only the
+    scheduler that leads takes it; others refuse with UNAVAILABLE.
+    """
 
 class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Tells gateways where requests go."""
@@ -54,5 +64,16 @@ class RoutingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_routing_service_pb2.WatchRoutesResponse], _abc.AsyncIterator[_routing_service_pb2.WatchRoutesResponse]]:
         """Sends the whole table at once, and again after every change."""
+
+    @_abc_1.abstractmethod
+    def ReportTraffic(
+        self,
+        request: _routing_service_pb2.ReportTrafficRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_routing_service_pb2.ReportTrafficResponse, _abc.Awaitable[_routing_service_pb2.ReportTrafficResponse]]:
+        """Takes what one gateway process has counted, once a second, and at once when a request waits for a deployment
+        without replicas. Counts grow from the process's start, so that a lost report costs nothing. Only the
+        scheduler that leads takes it; others refuse with UNAVAILABLE.
+        """
 
 def add_RoutingServiceServicer_to_server(servicer: RoutingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

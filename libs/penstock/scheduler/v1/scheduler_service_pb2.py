@@ -24,52 +24,76 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from penstock.scheduler.v1 import deployment_pb2 as penstock_dot_scheduler_dot_v1_dot_deployment__pb2
 from penstock.scheduler.v1 import node_pb2 as penstock_dot_scheduler_dot_v1_dot_node__pb2
 from penstock.scheduler.v1 import replica_pb2 as penstock_dot_scheduler_dot_v1_dot_replica__pb2
+from penstock.scheduler.v1 import rollout_pb2 as penstock_dot_scheduler_dot_v1_dot_rollout__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-penstock/scheduler/v1/scheduler_service.proto\x12\x15penstock.scheduler.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a&penstock/scheduler/v1/deployment.proto\x1a penstock/scheduler/v1/node.proto\x1a#penstock/scheduler/v1/replica.proto\"d\n\x17\x43reateDeploymentRequest\x12\x35\n\ndeployment\x18\x01 \x01(\x0b\x32!.penstock.scheduler.v1.Deployment\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"M\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04uses\x18\x03 \x01(\t\"j\n\x17ListDeploymentsResponse\x12\x36\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32!.penstock.scheduler.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x95\x01\n\x17UpdateDeploymentRequest\x12\x35\n\ndeployment\x18\x01 \x01(\x0b\x32!.penstock.scheduler.v1.Deployment\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\";\n\x19RollbackDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x05\"\'\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"&\n\x16WatchDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"W\n\x1eListDeploymentRevisionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"x\n\x1fListDeploymentRevisionsResponse\x12<\n\trevisions\x18\x01 \x03(\x0b\x32).penstock.scheduler.v1.DeploymentRevision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x11ListNodesResponse\x12*\n\x05nodes\x18\x01 \x03(\x0b\x32\x1b.penstock.scheduler.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"t\n\x13ListReplicasRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\x14\n\x0cshow_stopped\x18\x05 \x01(\x08\"a\n\x14ListReplicasResponse\x12\x30\n\x08replicas\x18\x01 \x03(\x0b\x32\x1e.penstock.scheduler.v1.Replica\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"M\n\x16ListAllocationsRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"j\n\x17ListAllocationsResponse\x12\x36\n\x0b\x61llocations\x18\x01 \x03(\x0b\x32!.penstock.scheduler.v1.Allocation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xf6\t\n\x10SchedulerService\x12\x65\n\x10\x43reateDeployment\x12..penstock.scheduler.v1.CreateDeploymentRequest\x1a!.penstock.scheduler.v1.Deployment\x12_\n\rGetDeployment\x12+.penstock.scheduler.v1.GetDeploymentRequest\x1a!.penstock.scheduler.v1.Deployment\x12p\n\x0fListDeployments\x12-.penstock.scheduler.v1.ListDeploymentsRequest\x1a..penstock.scheduler.v1.ListDeploymentsResponse\x12\x65\n\x10UpdateDeployment\x12..penstock.scheduler.v1.UpdateDeploymentRequest\x1a!.penstock.scheduler.v1.Deployment\x12i\n\x12RollbackDeployment\x12\x30.penstock.scheduler.v1.RollbackDeploymentRequest\x1a!.penstock.scheduler.v1.Deployment\x12Z\n\x10\x44\x65leteDeployment\x12..penstock.scheduler.v1.DeleteDeploymentRequest\x1a\x16.google.protobuf.Empty\x12\x65\n\x0fWatchDeployment\x12-.penstock.scheduler.v1.WatchDeploymentRequest\x1a!.penstock.scheduler.v1.Deployment0\x01\x12\x88\x01\n\x17ListDeploymentRevisions\x12\x35.penstock.scheduler.v1.ListDeploymentRevisionsRequest\x1a\x36.penstock.scheduler.v1.ListDeploymentRevisionsResponse\x12M\n\x07GetNode\x12%.penstock.scheduler.v1.GetNodeRequest\x1a\x1b.penstock.scheduler.v1.Node\x12^\n\tListNodes\x12\'.penstock.scheduler.v1.ListNodesRequest\x1a(.penstock.scheduler.v1.ListNodesResponse\x12g\n\x0cListReplicas\x12*.penstock.scheduler.v1.ListReplicasRequest\x1a+.penstock.scheduler.v1.ListReplicasResponse\x12p\n\x0fListAllocations\x12-.penstock.scheduler.v1.ListAllocationsRequest\x1a..penstock.scheduler.v1.ListAllocationsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-penstock/scheduler/v1/scheduler_service.proto\x12\x15penstock.scheduler.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a&penstock/scheduler/v1/deployment.proto\x1a penstock/scheduler/v1/node.proto\x1a#penstock/scheduler/v1/replica.proto\x1a#penstock/scheduler/v1/rollout.proto\"d\n\x17\x43reateDeploymentRequest\x12\x35\n\ndeployment\x18\x01 \x01(\x0b\x32!.penstock.scheduler.v1.Deployment\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"M\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04uses\x18\x03 \x01(\t\"j\n\x17ListDeploymentsResponse\x12\x36\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32!.penstock.scheduler.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x95\x01\n\x17UpdateDeploymentRequest\x12\x35\n\ndeployment\x18\x01 \x01(\x0b\x32!.penstock.scheduler.v1.Deployment\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\";\n\x19RollbackDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x05\"\'\n\x17\x44\x65leteDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"&\n\x16WatchDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"W\n\x1eListDeploymentRevisionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"x\n\x1fListDeploymentRevisionsResponse\x12<\n\trevisions\x18\x01 \x03(\x0b\x32).penstock.scheduler.v1.DeploymentRevision\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetRolloutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListRolloutsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"a\n\x14ListRolloutsResponse\x12\x30\n\x08rollouts\x18\x01 \x03(\x0b\x32\x1e.penstock.scheduler.v1.Rollout\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x13WatchRolloutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13PauseRolloutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x14ResumeRolloutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"%\n\x15PromoteRolloutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13\x41\x62ortRolloutRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"O\n\x15GetLiveTargetsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"s\n\x16GetLiveTargetsResponse\x12.\n\x07targets\x18\x01 \x03(\x0b\x32\x1d.penstock.scheduler.v1.Target\x12)\n\x05since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"o\n\x11UpdateNodeRequest\x12)\n\x04node\x18\x01 \x01(\x0b\x32\x1b.penstock.scheduler.v1.Node\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"X\n\x11ListNodesResponse\x12*\n\x05nodes\x18\x01 \x03(\x0b\x32\x1b.penstock.scheduler.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"t\n\x13ListReplicasRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\x14\n\x0cshow_stopped\x18\x05 \x01(\x08\"a\n\x14ListReplicasResponse\x12\x30\n\x08replicas\x18\x01 \x03(\x0b\x32\x1e.penstock.scheduler.v1.Replica\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"M\n\x16ListAllocationsRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"j\n\x17ListAllocationsResponse\x12\x36\n\x0b\x61llocations\x18\x01 \x03(\x0b\x32!.penstock.scheduler.v1.Allocation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xcf\x10\n\x10SchedulerService\x12\x65\n\x10\x43reateDeployment\x12..penstock.scheduler.v1.CreateDeploymentRequest\x1a!.penstock.scheduler.v1.Deployment\x12_\n\rGetDeployment\x12+.penstock.scheduler.v1.GetDeploymentRequest\x1a!.penstock.scheduler.v1.Deployment\x12p\n\x0fListDeployments\x12-.penstock.scheduler.v1.ListDeploymentsRequest\x1a..penstock.scheduler.v1.ListDeploymentsResponse\x12\x65\n\x10UpdateDeployment\x12..penstock.scheduler.v1.UpdateDeploymentRequest\x1a!.penstock.scheduler.v1.Deployment\x12i\n\x12RollbackDeployment\x12\x30.penstock.scheduler.v1.RollbackDeploymentRequest\x1a!.penstock.scheduler.v1.Deployment\x12Z\n\x10\x44\x65leteDeployment\x12..penstock.scheduler.v1.DeleteDeploymentRequest\x1a\x16.google.protobuf.Empty\x12\x65\n\x0fWatchDeployment\x12-.penstock.scheduler.v1.WatchDeploymentRequest\x1a!.penstock.scheduler.v1.Deployment0\x01\x12\x88\x01\n\x17ListDeploymentRevisions\x12\x35.penstock.scheduler.v1.ListDeploymentRevisionsRequest\x1a\x36.penstock.scheduler.v1.ListDeploymentRevisionsResponse\x12V\n\nGetRollout\x12(.penstock.scheduler.v1.GetRolloutRequest\x1a\x1e.penstock.scheduler.v1.Rollout\x12g\n\x0cListRollouts\x12*.penstock.scheduler.v1.ListRolloutsRequest\x1a+.penstock.scheduler.v1.ListRolloutsResponse\x12\\\n\x0cWatchRollout\x12*.penstock.scheduler.v1.WatchRolloutRequest\x1a\x1e.penstock.scheduler.v1.Rollout0\x01\x12Z\n\x0cPauseRollout\x12*.penstock.scheduler.v1.PauseRolloutRequest\x1a\x1e.penstock.scheduler.v1.Rollout\x12\\\n\rResumeRollout\x12+.penstock.scheduler.v1.ResumeRolloutRequest\x1a\x1e.penstock.scheduler.v1.Rollout\x12^\n\x0ePromoteRollout\x12,.penstock.scheduler.v1.PromoteRolloutRequest\x1a\x1e.penstock.scheduler.v1.Rollout\x12Z\n\x0c\x41\x62ortRollout\x12*.penstock.scheduler.v1.AbortRolloutRequest\x1a\x1e.penstock.scheduler.v1.Rollout\x12m\n\x0eGetLiveTargets\x12,.penstock.scheduler.v1.GetLiveTargetsRequest\x1a-.penstock.scheduler.v1.GetLiveTargetsResponse\x12M\n\x07GetNode\x12%.penstock.scheduler.v1.GetNodeRequest\x1a\x1b.penstock.scheduler.v1.Node\x12^\n\tListNodes\x12\'.penstock.scheduler.v1.ListNodesRequest\x1a(.penstock.scheduler.v1.ListNodesResponse\x12S\n\nUpdateNode\x12(.penstock.scheduler.v1.UpdateNodeRequest\x1a\x1b.penstock.scheduler.v1.Node\x12g\n\x0cListReplicas\x12*.penstock.scheduler.v1.ListReplicasRequest\x1a+.penstock.scheduler.v1.ListReplicasResponse\x12p\n\x0fListAllocations\x12-.penstock.scheduler.v1.ListAllocationsRequest\x1a..penstock.scheduler.v1.ListAllocationsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.scheduler.v1.scheduler_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_start=246
-  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_end=346
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=348
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=384
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=386
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=463
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=465
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=571
-  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_start=574
-  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_end=723
-  _globals['_ROLLBACKDEPLOYMENTREQUEST']._serialized_start=725
-  _globals['_ROLLBACKDEPLOYMENTREQUEST']._serialized_end=784
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=786
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=825
-  _globals['_WATCHDEPLOYMENTREQUEST']._serialized_start=827
-  _globals['_WATCHDEPLOYMENTREQUEST']._serialized_end=865
-  _globals['_LISTDEPLOYMENTREVISIONSREQUEST']._serialized_start=867
-  _globals['_LISTDEPLOYMENTREVISIONSREQUEST']._serialized_end=954
-  _globals['_LISTDEPLOYMENTREVISIONSRESPONSE']._serialized_start=956
-  _globals['_LISTDEPLOYMENTREVISIONSRESPONSE']._serialized_end=1076
-  _globals['_GETNODEREQUEST']._serialized_start=1078
-  _globals['_GETNODEREQUEST']._serialized_end=1108
-  _globals['_LISTNODESREQUEST']._serialized_start=1110
-  _globals['_LISTNODESREQUEST']._serialized_end=1167
-  _globals['_LISTNODESRESPONSE']._serialized_start=1169
-  _globals['_LISTNODESRESPONSE']._serialized_end=1257
-  _globals['_LISTREPLICASREQUEST']._serialized_start=1259
-  _globals['_LISTREPLICASREQUEST']._serialized_end=1375
-  _globals['_LISTREPLICASRESPONSE']._serialized_start=1377
-  _globals['_LISTREPLICASRESPONSE']._serialized_end=1474
-  _globals['_LISTALLOCATIONSREQUEST']._serialized_start=1476
-  _globals['_LISTALLOCATIONSREQUEST']._serialized_end=1553
-  _globals['_LISTALLOCATIONSRESPONSE']._serialized_start=1555
-  _globals['_LISTALLOCATIONSRESPONSE']._serialized_end=1661
-  _globals['_SCHEDULERSERVICE']._serialized_start=1664
-  _globals['_SCHEDULERSERVICE']._serialized_end=2934
+  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_start=316
+  _globals['_CREATEDEPLOYMENTREQUEST']._serialized_end=416
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=418
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=454
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=456
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=533
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=535
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=641
+  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_start=644
+  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_end=793
+  _globals['_ROLLBACKDEPLOYMENTREQUEST']._serialized_start=795
+  _globals['_ROLLBACKDEPLOYMENTREQUEST']._serialized_end=854
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=856
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=895
+  _globals['_WATCHDEPLOYMENTREQUEST']._serialized_start=897
+  _globals['_WATCHDEPLOYMENTREQUEST']._serialized_end=935
+  _globals['_LISTDEPLOYMENTREVISIONSREQUEST']._serialized_start=937
+  _globals['_LISTDEPLOYMENTREVISIONSREQUEST']._serialized_end=1024
+  _globals['_LISTDEPLOYMENTREVISIONSRESPONSE']._serialized_start=1026
+  _globals['_LISTDEPLOYMENTREVISIONSRESPONSE']._serialized_end=1146
+  _globals['_GETROLLOUTREQUEST']._serialized_start=1148
+  _globals['_GETROLLOUTREQUEST']._serialized_end=1181
+  _globals['_LISTROLLOUTSREQUEST']._serialized_start=1183
+  _globals['_LISTROLLOUTSREQUEST']._serialized_end=1259
+  _globals['_LISTROLLOUTSRESPONSE']._serialized_start=1261
+  _globals['_LISTROLLOUTSRESPONSE']._serialized_end=1358
+  _globals['_WATCHROLLOUTREQUEST']._serialized_start=1360
+  _globals['_WATCHROLLOUTREQUEST']._serialized_end=1395
+  _globals['_PAUSEROLLOUTREQUEST']._serialized_start=1397
+  _globals['_PAUSEROLLOUTREQUEST']._serialized_end=1432
+  _globals['_RESUMEROLLOUTREQUEST']._serialized_start=1434
+  _globals['_RESUMEROLLOUTREQUEST']._serialized_end=1470
+  _globals['_PROMOTEROLLOUTREQUEST']._serialized_start=1472
+  _globals['_PROMOTEROLLOUTREQUEST']._serialized_end=1509
+  _globals['_ABORTROLLOUTREQUEST']._serialized_start=1511
+  _globals['_ABORTROLLOUTREQUEST']._serialized_end=1546
+  _globals['_GETLIVETARGETSREQUEST']._serialized_start=1548
+  _globals['_GETLIVETARGETSREQUEST']._serialized_end=1627
+  _globals['_GETLIVETARGETSRESPONSE']._serialized_start=1629
+  _globals['_GETLIVETARGETSRESPONSE']._serialized_end=1744
+  _globals['_GETNODEREQUEST']._serialized_start=1746
+  _globals['_GETNODEREQUEST']._serialized_end=1776
+  _globals['_UPDATENODEREQUEST']._serialized_start=1778
+  _globals['_UPDATENODEREQUEST']._serialized_end=1889
+  _globals['_LISTNODESREQUEST']._serialized_start=1891
+  _globals['_LISTNODESREQUEST']._serialized_end=1948
+  _globals['_LISTNODESRESPONSE']._serialized_start=1950
+  _globals['_LISTNODESRESPONSE']._serialized_end=2038
+  _globals['_LISTREPLICASREQUEST']._serialized_start=2040
+  _globals['_LISTREPLICASREQUEST']._serialized_end=2156
+  _globals['_LISTREPLICASRESPONSE']._serialized_start=2158
+  _globals['_LISTREPLICASRESPONSE']._serialized_end=2255
+  _globals['_LISTALLOCATIONSREQUEST']._serialized_start=2257
+  _globals['_LISTALLOCATIONSREQUEST']._serialized_end=2334
+  _globals['_LISTALLOCATIONSRESPONSE']._serialized_start=2336
+  _globals['_LISTALLOCATIONSRESPONSE']._serialized_end=2442
+  _globals['_SCHEDULERSERVICE']._serialized_start=2445
+  _globals['_SCHEDULERSERVICE']._serialized_end=4572
 # @@protoc_insertion_point(module_scope)

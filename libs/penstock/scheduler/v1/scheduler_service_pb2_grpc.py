@@ -6,6 +6,7 @@ import warnings
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from penstock.scheduler.v1 import deployment_pb2 as penstock_dot_scheduler_dot_v1_dot_deployment__pb2
 from penstock.scheduler.v1 import node_pb2 as penstock_dot_scheduler_dot_v1_dot_node__pb2
+from penstock.scheduler.v1 import rollout_pb2 as penstock_dot_scheduler_dot_v1_dot_rollout__pb2
 from penstock.scheduler.v1 import scheduler_service_pb2 as penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -78,6 +79,46 @@ class SchedulerServiceStub:
                 request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListDeploymentRevisionsRequest.SerializeToString,
                 response_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListDeploymentRevisionsResponse.FromString,
                 _registered_method=True)
+        self.GetRollout = channel.unary_unary(
+                '/penstock.scheduler.v1.SchedulerService/GetRollout',
+                request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetRolloutRequest.SerializeToString,
+                response_deserializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+                _registered_method=True)
+        self.ListRollouts = channel.unary_unary(
+                '/penstock.scheduler.v1.SchedulerService/ListRollouts',
+                request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListRolloutsRequest.SerializeToString,
+                response_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListRolloutsResponse.FromString,
+                _registered_method=True)
+        self.WatchRollout = channel.unary_stream(
+                '/penstock.scheduler.v1.SchedulerService/WatchRollout',
+                request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.WatchRolloutRequest.SerializeToString,
+                response_deserializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+                _registered_method=True)
+        self.PauseRollout = channel.unary_unary(
+                '/penstock.scheduler.v1.SchedulerService/PauseRollout',
+                request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PauseRolloutRequest.SerializeToString,
+                response_deserializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+                _registered_method=True)
+        self.ResumeRollout = channel.unary_unary(
+                '/penstock.scheduler.v1.SchedulerService/ResumeRollout',
+                request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ResumeRolloutRequest.SerializeToString,
+                response_deserializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+                _registered_method=True)
+        self.PromoteRollout = channel.unary_unary(
+                '/penstock.scheduler.v1.SchedulerService/PromoteRollout',
+                request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PromoteRolloutRequest.SerializeToString,
+                response_deserializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+                _registered_method=True)
+        self.AbortRollout = channel.unary_unary(
+                '/penstock.scheduler.v1.SchedulerService/AbortRollout',
+                request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.AbortRolloutRequest.SerializeToString,
+                response_deserializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+                _registered_method=True)
+        self.GetLiveTargets = channel.unary_unary(
+                '/penstock.scheduler.v1.SchedulerService/GetLiveTargets',
+                request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetLiveTargetsRequest.SerializeToString,
+                response_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetLiveTargetsResponse.FromString,
+                _registered_method=True)
         self.GetNode = channel.unary_unary(
                 '/penstock.scheduler.v1.SchedulerService/GetNode',
                 request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetNodeRequest.SerializeToString,
@@ -87,6 +128,11 @@ class SchedulerServiceStub:
                 '/penstock.scheduler.v1.SchedulerService/ListNodes',
                 request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNodesRequest.SerializeToString,
                 response_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNodesResponse.FromString,
+                _registered_method=True)
+        self.UpdateNode = channel.unary_unary(
+                '/penstock.scheduler.v1.SchedulerService/UpdateNode',
+                request_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNodeRequest.SerializeToString,
+                response_deserializer=penstock_dot_scheduler_dot_v1_dot_node__pb2.Node.FromString,
                 _registered_method=True)
         self.ListReplicas = channel.unary_unary(
                 '/penstock.scheduler.v1.SchedulerService/ListReplicas',
@@ -160,6 +206,62 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRollout(self, request, context):
+        """Gets one rollout.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRollouts(self, request, context):
+        """Lists the rollouts of a deployment, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchRollout(self, request, context):
+        """Sends the rollout at once and after every change of it, until it has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseRollout(self, request, context):
+        """Holds a rollout where it is; its guards still look.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeRollout(self, request, context):
+        """Lets a paused rollout go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteRollout(self, request, context):
+        """Passes the present step whatever the guards have seen so far.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbortRollout(self, request, context):
+        """Ends a rollout and gives the earlier targets all traffic.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLiveTargets(self, request, context):
+        """Says what callers of a deployment got at a moment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetNode(self, request, context):
         """Gets one node.
         """
@@ -169,6 +271,13 @@ class SchedulerServiceServicer:
 
     def ListNodes(self, request, context):
         """Lists nodes, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateNode(self, request, context):
+        """Lets nothing new be placed on a node, or allows it again; with drain, what runs there moves elsewhere first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,6 +340,46 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListDeploymentRevisionsRequest.FromString,
                     response_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListDeploymentRevisionsResponse.SerializeToString,
             ),
+            'GetRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRollout,
+                    request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetRolloutRequest.FromString,
+                    response_serializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.SerializeToString,
+            ),
+            'ListRollouts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRollouts,
+                    request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListRolloutsRequest.FromString,
+                    response_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListRolloutsResponse.SerializeToString,
+            ),
+            'WatchRollout': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchRollout,
+                    request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.WatchRolloutRequest.FromString,
+                    response_serializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.SerializeToString,
+            ),
+            'PauseRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseRollout,
+                    request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PauseRolloutRequest.FromString,
+                    response_serializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.SerializeToString,
+            ),
+            'ResumeRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeRollout,
+                    request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ResumeRolloutRequest.FromString,
+                    response_serializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.SerializeToString,
+            ),
+            'PromoteRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteRollout,
+                    request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PromoteRolloutRequest.FromString,
+                    response_serializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.SerializeToString,
+            ),
+            'AbortRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortRollout,
+                    request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.AbortRolloutRequest.FromString,
+                    response_serializer=penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.SerializeToString,
+            ),
+            'GetLiveTargets': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLiveTargets,
+                    request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetLiveTargetsRequest.FromString,
+                    response_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetLiveTargetsResponse.SerializeToString,
+            ),
             'GetNode': grpc.unary_unary_rpc_method_handler(
                     servicer.GetNode,
                     request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetNodeRequest.FromString,
@@ -240,6 +389,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.ListNodes,
                     request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNodesRequest.FromString,
                     response_serializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNodesResponse.SerializeToString,
+            ),
+            'UpdateNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateNode,
+                    request_deserializer=penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNodeRequest.FromString,
+                    response_serializer=penstock_dot_scheduler_dot_v1_dot_node__pb2.Node.SerializeToString,
             ),
             'ListReplicas': grpc.unary_unary_rpc_method_handler(
                     servicer.ListReplicas,
@@ -480,6 +634,222 @@ class SchedulerService:
             _registered_method=True)
 
     @staticmethod
+    def GetRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.scheduler.v1.SchedulerService/GetRollout',
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetRolloutRequest.SerializeToString,
+            penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRollouts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.scheduler.v1.SchedulerService/ListRollouts',
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListRolloutsRequest.SerializeToString,
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListRolloutsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/penstock.scheduler.v1.SchedulerService/WatchRollout',
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.WatchRolloutRequest.SerializeToString,
+            penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.scheduler.v1.SchedulerService/PauseRollout',
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PauseRolloutRequest.SerializeToString,
+            penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.scheduler.v1.SchedulerService/ResumeRollout',
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ResumeRolloutRequest.SerializeToString,
+            penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.scheduler.v1.SchedulerService/PromoteRollout',
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PromoteRolloutRequest.SerializeToString,
+            penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.scheduler.v1.SchedulerService/AbortRollout',
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.AbortRolloutRequest.SerializeToString,
+            penstock_dot_scheduler_dot_v1_dot_rollout__pb2.Rollout.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLiveTargets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.scheduler.v1.SchedulerService/GetLiveTargets',
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetLiveTargetsRequest.SerializeToString,
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetLiveTargetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetNode(request,
             target,
             options=(),
@@ -523,6 +893,33 @@ class SchedulerService:
             '/penstock.scheduler.v1.SchedulerService/ListNodes',
             penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNodesRequest.SerializeToString,
             penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/penstock.scheduler.v1.SchedulerService/UpdateNode',
+            penstock_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNodeRequest.SerializeToString,
+            penstock_dot_scheduler_dot_v1_dot_node__pb2.Node.FromString,
             options,
             channel_credentials,
             insecure,

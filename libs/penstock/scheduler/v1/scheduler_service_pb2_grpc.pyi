@@ -8,6 +8,7 @@ from google.protobuf import empty_pb2 as _empty_pb2
 from grpc import aio as _aio
 from penstock.scheduler.v1 import deployment_pb2 as _deployment_pb2
 from penstock.scheduler.v1 import node_pb2 as _node_pb2
+from penstock.scheduler.v1 import rollout_pb2 as _rollout_pb2
 from penstock.scheduler.v1 import scheduler_service_pb2 as _scheduler_service_pb2
 import abc as _abc_1
 import grpc as _grpc
@@ -52,10 +53,28 @@ class SchedulerServiceStub:
     """Sends the deployment at once and after every change of it, until it is deleted."""
     ListDeploymentRevisions: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListDeploymentRevisionsRequest, _scheduler_service_pb2.ListDeploymentRevisionsResponse]
     """Lists what was asked for over time, newest first."""
+    GetRollout: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetRolloutRequest, _rollout_pb2.Rollout]
+    """Gets one rollout."""
+    ListRollouts: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListRolloutsRequest, _scheduler_service_pb2.ListRolloutsResponse]
+    """Lists the rollouts of a deployment, newest first."""
+    WatchRollout: _grpc.UnaryStreamMultiCallable[_scheduler_service_pb2.WatchRolloutRequest, _rollout_pb2.Rollout]
+    """Sends the rollout at once and after every change of it, until it has ended."""
+    PauseRollout: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.PauseRolloutRequest, _rollout_pb2.Rollout]
+    """Holds a rollout where it is; its guards still look."""
+    ResumeRollout: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ResumeRolloutRequest, _rollout_pb2.Rollout]
+    """Lets a paused rollout go on."""
+    PromoteRollout: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.PromoteRolloutRequest, _rollout_pb2.Rollout]
+    """Passes the present step whatever the guards have seen so far."""
+    AbortRollout: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.AbortRolloutRequest, _rollout_pb2.Rollout]
+    """Ends a rollout and gives the earlier targets all traffic."""
+    GetLiveTargets: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetLiveTargetsRequest, _scheduler_service_pb2.GetLiveTargetsResponse]
+    """Says what callers of a deployment got at a moment."""
     GetNode: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetNodeRequest, _node_pb2.Node]
     """Gets one node."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListNodesRequest, _scheduler_service_pb2.ListNodesResponse]
     """Lists nodes, a page at a time."""
+    UpdateNode: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.UpdateNodeRequest, _node_pb2.Node]
+    """Lets nothing new be placed on a node, or allows it again; with drain, what runs there moves elsewhere first."""
     ListReplicas: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListReplicasRequest, _scheduler_service_pb2.ListReplicasResponse]
     """Lists replicas, a page at a time."""
     ListAllocations: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListAllocationsRequest, _scheduler_service_pb2.ListAllocationsResponse]
@@ -82,10 +101,28 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Sends the deployment at once and after every change of it, until it is deleted."""
     ListDeploymentRevisions: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListDeploymentRevisionsRequest, _scheduler_service_pb2.ListDeploymentRevisionsResponse]  # type: ignore[assignment]
     """Lists what was asked for over time, newest first."""
+    GetRollout: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetRolloutRequest, _rollout_pb2.Rollout]  # type: ignore[assignment]
+    """Gets one rollout."""
+    ListRollouts: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListRolloutsRequest, _scheduler_service_pb2.ListRolloutsResponse]  # type: ignore[assignment]
+    """Lists the rollouts of a deployment, newest first."""
+    WatchRollout: _aio.UnaryStreamMultiCallable[_scheduler_service_pb2.WatchRolloutRequest, _rollout_pb2.Rollout]  # type: ignore[assignment]
+    """Sends the rollout at once and after every change of it, until it has ended."""
+    PauseRollout: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.PauseRolloutRequest, _rollout_pb2.Rollout]  # type: ignore[assignment]
+    """Holds a rollout where it is; its guards still look."""
+    ResumeRollout: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ResumeRolloutRequest, _rollout_pb2.Rollout]  # type: ignore[assignment]
+    """Lets a paused rollout go on."""
+    PromoteRollout: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.PromoteRolloutRequest, _rollout_pb2.Rollout]  # type: ignore[assignment]
+    """Passes the present step whatever the guards have seen so far."""
+    AbortRollout: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.AbortRolloutRequest, _rollout_pb2.Rollout]  # type: ignore[assignment]
+    """Ends a rollout and gives the earlier targets all traffic."""
+    GetLiveTargets: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetLiveTargetsRequest, _scheduler_service_pb2.GetLiveTargetsResponse]  # type: ignore[assignment]
+    """Says what callers of a deployment got at a moment."""
     GetNode: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetNodeRequest, _node_pb2.Node]  # type: ignore[assignment]
     """Gets one node."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListNodesRequest, _scheduler_service_pb2.ListNodesResponse]  # type: ignore[assignment]
     """Lists nodes, a page at a time."""
+    UpdateNode: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.UpdateNodeRequest, _node_pb2.Node]  # type: ignore[assignment]
+    """Lets nothing new be placed on a node, or allows it again; with drain, what runs there moves elsewhere first."""
     ListReplicas: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListReplicasRequest, _scheduler_service_pb2.ListReplicasResponse]  # type: ignore[assignment]
     """Lists replicas, a page at a time."""
     ListAllocations: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListAllocationsRequest, _scheduler_service_pb2.ListAllocationsResponse]  # type: ignore[assignment]
@@ -159,6 +196,70 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists what was asked for over time, newest first."""
 
     @_abc_1.abstractmethod
+    def GetRollout(
+        self,
+        request: _scheduler_service_pb2.GetRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.Rollout, _abc.Awaitable[_rollout_pb2.Rollout]]:
+        """Gets one rollout."""
+
+    @_abc_1.abstractmethod
+    def ListRollouts(
+        self,
+        request: _scheduler_service_pb2.ListRolloutsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.ListRolloutsResponse, _abc.Awaitable[_scheduler_service_pb2.ListRolloutsResponse]]:
+        """Lists the rollouts of a deployment, newest first."""
+
+    @_abc_1.abstractmethod
+    def WatchRollout(
+        self,
+        request: _scheduler_service_pb2.WatchRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_rollout_pb2.Rollout], _abc.AsyncIterator[_rollout_pb2.Rollout]]:
+        """Sends the rollout at once and after every change of it, until it has ended."""
+
+    @_abc_1.abstractmethod
+    def PauseRollout(
+        self,
+        request: _scheduler_service_pb2.PauseRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.Rollout, _abc.Awaitable[_rollout_pb2.Rollout]]:
+        """Holds a rollout where it is; its guards still look."""
+
+    @_abc_1.abstractmethod
+    def ResumeRollout(
+        self,
+        request: _scheduler_service_pb2.ResumeRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.Rollout, _abc.Awaitable[_rollout_pb2.Rollout]]:
+        """Lets a paused rollout go on."""
+
+    @_abc_1.abstractmethod
+    def PromoteRollout(
+        self,
+        request: _scheduler_service_pb2.PromoteRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.Rollout, _abc.Awaitable[_rollout_pb2.Rollout]]:
+        """Passes the present step whatever the guards have seen so far."""
+
+    @_abc_1.abstractmethod
+    def AbortRollout(
+        self,
+        request: _scheduler_service_pb2.AbortRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.Rollout, _abc.Awaitable[_rollout_pb2.Rollout]]:
+        """Ends a rollout and gives the earlier targets all traffic."""
+
+    @_abc_1.abstractmethod
+    def GetLiveTargets(
+        self,
+        request: _scheduler_service_pb2.GetLiveTargetsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.GetLiveTargetsResponse, _abc.Awaitable[_scheduler_service_pb2.GetLiveTargetsResponse]]:
+        """Says what callers of a deployment got at a moment."""
+
+    @_abc_1.abstractmethod
     def GetNode(
         self,
         request: _scheduler_service_pb2.GetNodeRequest,
@@ -173,6 +274,14 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.ListNodesResponse, _abc.Awaitable[_scheduler_service_pb2.ListNodesResponse]]:
         """Lists nodes, a page at a time."""
+
+    @_abc_1.abstractmethod
+    def UpdateNode(
+        self,
+        request: _scheduler_service_pb2.UpdateNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.Node, _abc.Awaitable[_node_pb2.Node]]:
+        """Lets nothing new be placed on a node, or allows it again; with drain, what runs there moves elsewhere first."""
 
     @_abc_1.abstractmethod
     def ListReplicas(
