@@ -74,7 +74,7 @@ class Returns:
         return low + (max(low, self._at(edge)) - low) * (seconds - below) / (EDGES[edge] - below)
 
     def when(self, share: float) -> float:
-        """Return after how many seconds so many rows have usually come, per row answered; infinity for never."""
+        """Return after how many seconds so many rows have usually come, per row answered, or infinity."""
         if share <= 0:
             return 0.0
         low, below = 0.0, 0.0
