@@ -20,7 +20,14 @@ from penstock_scheduler.domain.deployment import (
 )
 from penstock_scheduler.domain.node import NodeState
 from penstock_scheduler.domain.planner.ensembles import callers_of
-from penstock_scheduler.domain.planner.feasible import Placement, Rejection, Usage, check, closest
+from penstock_scheduler.domain.planner.feasible import (
+    Need,
+    Placement,
+    Rejection,
+    Usage,
+    check,
+    closest,
+)
 from penstock_scheduler.domain.planner.snapshot import group_of
 from penstock_scheduler.domain.resources import NO_RESOURCES, Batching, Defaults, Resources
 from penstock_scheduler.domain.validate import (
@@ -339,8 +346,8 @@ class Deployments:
         empty = [Usage(replace(node, state=NodeState.READY)) for node in nodes]
         for target in spec.targets:
             version = versions[target.version]
-            needs = group_of(spec, version, self._defaults).resources
-            verdicts = [check(usage, version.runtime, needs) for usage in empty]
+            need = Need(version.runtime, group_of(spec, version, self._defaults).resources)
+            verdicts = [check(usage, need) for usage in empty]
             if any(isinstance(verdict, Placement) for verdict in verdicts):
                 continue
             nearest = closest(v for v in verdicts if isinstance(v, Rejection))

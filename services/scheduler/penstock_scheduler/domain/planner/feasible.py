@@ -69,6 +69,19 @@ def usage_of(node: Node, replicas: Iterable[Replica]) -> Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Need:
+    """All that decides where a replica could run; replicas of one need fit the same nodes.
+
+    Attributes:
+        runtime: name of the runtime that loads it.
+        resources: what it holds.
+    """
+
+    runtime: str
+    resources: Resources
+
+
+@dataclass(frozen=True, slots=True)
 class Rejection:
     """Why a node cannot take a replica.
 
@@ -93,14 +106,27 @@ class Placement:
     devices: tuple[str, ...]
 
 
-def check(usage: Usage, runtime: str, resources: Resources) -> Placement | Rejection:
-    """Says where on a node a replica could run, or why it cannot."""
-    node = usage.node
+def admit(node: Node, need: Need) -> Rejection | None:
+    """Says why a node is out of the question however empty it is; None if it is not.
+
+    Looks at no quantity, so that the planner asks once for all needs that differ in resources only.
+    """
+    runtime = need.runtime
     if node.state is not NodeState.READY:
         return Rejection(node.name, 0, 1.0, "its agent, which is not connected")
     if node.runtimes and runtime not in node.runtimes:
         runs = ", ".join(node.runtimes)
         return Rejection(node.name, 1, 1.0, f"the runtime {runtime} (it runs {runs}{_allow(runtime)})")
+    return None
+
+
+def check(usage: Usage, need: Need) -> Placement | Rejection:
+    """Says where on a node a replica could run, or why it cannot."""
+    node = usage.node
+    resources = need.resources
+    rejection = admit(node, need)
+    if rejection is not None:
+        return rejection
     gpus = _choose_gpus(usage, resources)
     if isinstance(gpus, Rejection):
         return gpus

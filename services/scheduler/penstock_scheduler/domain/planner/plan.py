@@ -10,9 +10,10 @@ from datetime import timedelta
 
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
 from penstock_scheduler.domain.node import Node, NodeState
-from penstock_scheduler.domain.planner import judge
+from penstock_scheduler.domain.planner import drains, judge
 from penstock_scheduler.domain.planner.ensembles import Obstacles, obstacles
 from penstock_scheduler.domain.planner.feasible import (
+    Need,
     Placement,
     Rejection,
     Usage,
@@ -94,6 +95,7 @@ def plan(snapshot: Snapshot, policy: Policy = DEFAULT_POLICY) -> Plan:
         draft.survey()
     draft.scale()
     draft.place()
+    draft.follow_drains()
     draft.judge()
     return draft.plan()
 
@@ -208,8 +210,8 @@ class _Draft:
             if replica.placed and replica.wanted:
                 neighbours[replica.deployment][replica.node] += 1
         for replica in sorted(waiting, key=lambda r: (r.create_time, r.id)):
-            runtime = self._snapshot.versions[replica.version].runtime
-            verdicts = [check(usage, runtime, replica.resources) for usage in usages.values()]
+            need = self._need(replica)
+            verdicts = [check(usage, need) for usage in usages.values()]
             places = [verdict for verdict in verdicts if isinstance(verdict, Placement)]
             if not places:
                 reason = why_pending(v for v in verdicts if isinstance(v, Rejection))
@@ -219,6 +221,22 @@ class _Draft:
             place = select(places, replica.resources, replica.digest, neighbours[replica.deployment])
             self._put(replica, place.usage, place.devices)
             neighbours[replica.deployment][place.usage.node.name] += 1
+
+    def follow_drains(self) -> None:
+        """Says of every node that is being drained what still keeps replicas there."""
+        for name, node in self._nodes.items():
+            message = ""
+            if node.draining:
+                here = [r for r in self._replicas_on(name) if r.wanted]
+                groups = {(r.deployment, r.group) for r in here}
+                heirs = [
+                    r
+                    for r in self._replicas.values()
+                    if r.wanted and r.state is not ReplicaState.READY and (r.deployment, r.group) in groups
+                ]
+                message = drains.waits_for(here, [r for r in heirs if r.node != name])
+            if message != node.message:
+                self._nodes[name] = replace(node, message=message)
 
     def judge(self) -> None:
         """Says where every deployment stands, and why."""
@@ -251,6 +269,8 @@ class _Draft:
 
     def _refresh(self, known: Node | None, seen: Node) -> Node:
         """The node as seen; as stored while only its `last_seen_time` differs, and that is young."""
+        if known is not None:
+            seen = known.described_by(seen)
         if known is None or known.last_seen_time is None or seen.last_seen_time is None:
             return seen
         age = (seen.last_seen_time - known.last_seen_time).total_seconds()
@@ -272,6 +292,7 @@ class _Draft:
             self._replicas[replica.id] = replica.advance(ReplicaState.DRAINING, self._now, why)
 
     def _scale_group(self, name: str, group: Group, have: list[Replica]) -> None:
+        have = self._leave(group, have)
         if len(have) > group.count:
             crowd = Counter(replica.node for replica in have if replica.node)
             for _ in range(len(have) - group.count):
@@ -295,11 +316,24 @@ class _Draft:
             self._replicas[replica.id] = replica
             self._of[name].append(replica.id)
 
+    def _leave(self, group: Group, have: list[Replica]) -> list[Replica]:
+        """Drains what is not needed any more on nodes that are being drained; returns those elsewhere."""
+        leaving = [r for r in have if r.node and self._nodes[r.node].draining]
+        if not leaving:
+            return have
+        staying = [r for r in have if not r.node or not self._nodes[r.node].draining]
+        for replica in drains.dispensable(group.count, staying, leaving):
+            self._drain(replica, f"nodes/{replica.node} is being drained.")
+        return staying
+
     def _new_id(self, deployment: str, group: Group, ordinal: int) -> str:
         text = f"{self._snapshot.seed}/{deployment}/{ordinal}"
         token = hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
         # An id has at most 63 characters, as its deployment's may have already.
         return f"{deployment[:40]}-{group.key.version.number}-{token}"
+
+    def _need(self, replica: Replica) -> Need:
+        return Need(self._snapshot.versions[replica.version].runtime, replica.resources)
 
     def _put(self, replica: Replica, usage: Usage, devices: tuple[str, ...]) -> None:
         usage.take(replica.resources, devices)
