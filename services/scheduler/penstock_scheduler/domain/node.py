@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum
 
+from penstock_scheduler.domain.constraints import Taint
 from penstock_scheduler.domain.replica import Observed
 
 
@@ -30,17 +31,20 @@ CPU_DEVICE = "cpu"
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A processor or GPU of a node."""
+    """A processor or GPU of a node; a MIG slice is a GPU of its own that names the whole one."""
 
     id: str
     kind: DeviceKind
     model: str = ""
     memory_bytes: int = 0
+    parent_uuid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A machine with an agent on it, as the agent described it.
+    """A machine with an agent on it: what the agent says of it, and what operators say.
+
+    What operators say (cordoned, draining, taints) is stored by them alone; a report says nothing of it.
 
     Attributes:
         name: the id in `nodes/{id}`.
@@ -54,6 +58,12 @@ class Node:
         agent_version: release of the agent.
         state: whether it takes work.
         last_seen_time: when it was last heard of; written down rarely, see the planner.
+        disk_bytes: disk that bundles may use; 0 if the agent does not say, and then nothing is counted.
+        disk_bytes_free: disk that was free when the agent attached.
+        cordoned: nothing new is placed on it.
+        draining: what runs on it moves elsewhere; implies `cordoned`.
+        taints: what a replica must bear to be placed on it.
+        message: what its drain waits for, for people.
     """
 
     name: str
@@ -67,6 +77,22 @@ class Node:
     agent_version: str = ""
     state: NodeState = NodeState.READY
     last_seen_time: datetime | None = None
+    disk_bytes: int = 0
+    disk_bytes_free: int = 0
+    cordoned: bool = False
+    draining: bool = False
+    taints: tuple[Taint, ...] = ()
+    message: str = ""
+
+    def described_by(self, seen: Node) -> Node:
+        """The node as its agent sees it now, with what operators said of it and what the planner did."""
+        return replace(
+            seen,
+            cordoned=self.cordoned,
+            draining=self.draining,
+            taints=self.taints,
+            message=self.message,
+        )
 
     @property
     def gpus(self) -> tuple[Device, ...]:
