@@ -34,6 +34,7 @@ from penstock_scheduler.usecases.attach import AttachHub
 from penstock_scheduler.usecases.deployments import Deployments
 from penstock_scheduler.usecases.inspect import Inspect
 from penstock_scheduler.usecases.reconcile import Reconciler
+from penstock_scheduler.usecases.traffic import Traffic
 from penstock_scheduler.usecases.wake import Wake, WakeAll
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ class Scheduler:
         registry = GrpcRegistry(self._channel)
         self._leadership = SqlLeadership(self._engine)
         self._hub = AttachHub(self._wake)
-        self._reconciler = Reconciler(works, self._leadership, self._hub, self._wake, policy)
+        self.traffic = Traffic(self._wake)
+        self._reconciler = Reconciler(works, self._leadership, self._hub, self._wake, policy, self.traffic)
         self._aliases = AliasFollower(
             works,
             registry,
@@ -100,7 +102,7 @@ class Scheduler:
         )
         self._server.add(
             routing_service_pb2_grpc.add_RoutingServiceServicer_to_server,
-            RoutingServicer(self._reconciler),
+            RoutingServicer(self._reconciler, self.traffic),
             routing_service_pb2.DESCRIPTOR.services_by_name["RoutingService"].full_name,
         )
 

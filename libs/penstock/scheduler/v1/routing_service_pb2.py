@@ -22,32 +22,33 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from penstock.common.v1 import resources_pb2 as penstock_dot_common_dot_v1_dot_resources__pb2
 from penstock.registry.v1 import manifest_pb2 as penstock_dot_registry_dot_v1_dot_manifest__pb2
 from penstock.scheduler.v1 import deployment_pb2 as penstock_dot_scheduler_dot_v1_dot_deployment__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+penstock/scheduler/v1/routing_service.proto\x12\x15penstock.scheduler.v1\x1a\"penstock/common/v1/resources.proto\x1a#penstock/registry/v1/manifest.proto\x1a&penstock/scheduler/v1/deployment.proto\"^\n\x14ReportTrafficRequest\x12\x0f\n\x07gateway\x18\x01 \x01(\t\x12\x35\n\x07targets\x18\x02 \x03(\x0b\x32$.penstock.scheduler.v1.TargetTraffic\"\x17\n\x15ReportTrafficResponse\"\x8d\x02\n\rTargetTraffic\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x05\x12\x0f\n\x07\x61rrived\x18\x04 \x01(\x03\x12\x11\n\tsucceeded\x18\x05 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x03\x12\x12\n\noverloaded\x18\x07 \x01(\x03\x12\x0f\n\x07waiting\x18\x08 \x01(\x05\x12\x1b\n\x13waiting_for_replica\x18\t \x01(\x05\x12\x11\n\tlatencies\x18\n \x03(\x03\x12\x0e\n\x06\x61greed\x18\x0b \x01(\x03\x12\x11\n\tdisagreed\x18\x0c \x01(\x03\x12\x1c\n\x14latency_microseconds\x18\r \x01(\x03\"%\n\x12WatchRoutesRequest\x12\x0f\n\x07gateway\x18\x01 \x01(\t\"W\n\x13WatchRoutesResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12,\n\x06routes\x18\x02 \x03(\x0b\x32\x1c.penstock.scheduler.v1.Route\"\x80\x02\n\x05Route\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x33\n\x07targets\x18\x02 \x03(\x0b\x32\".penstock.scheduler.v1.RouteTarget\x12\x17\n\x0fmax_queue_depth\x18\x03 \x01(\x05\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x35\n\x05state\x18\x05 \x01(\x0e\x32&.penstock.scheduler.v1.DeploymentState\x12\x33\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32$.penstock.scheduler.v1.ResponseCache\x12\x18\n\x10scales_from_zero\x18\x07 \x01(\x08\"\x99\x02\n\x0bRouteTarget\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06weight\x18\x03 \x01(\x05\x12\r\n\x05queue\x18\x04 \x01(\t\x12\x16\n\x0eready_replicas\x18\x05 \x01(\x05\x12\x30\n\x08manifest\x18\x06 \x01(\x0b\x32\x1e.penstock.registry.v1.Manifest\x12.\n\x08\x62\x61tching\x18\x07 \x01(\x0b\x32\x1c.penstock.common.v1.Batching\x12\x0f\n\x07\x61liases\x18\x08 \x03(\t\x12\x0e\n\x06\x64igest\x18\t \x01(\t\x12\x16\n\x0emirror_percent\x18\n \x01(\x05\x12\x18\n\x10mirror_tolerance\x18\x0b \x01(\x01\x32\xe4\x01\n\x0eRoutingService\x12\x66\n\x0bWatchRoutes\x12).penstock.scheduler.v1.WatchRoutesRequest\x1a*.penstock.scheduler.v1.WatchRoutesResponse0\x01\x12j\n\rReportTraffic\x12+.penstock.scheduler.v1.ReportTrafficRequest\x1a,.penstock.scheduler.v1.ReportTrafficResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+penstock/scheduler/v1/routing_service.proto\x12\x15penstock.scheduler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\"penstock/common/v1/resources.proto\x1a#penstock/registry/v1/manifest.proto\x1a&penstock/scheduler/v1/deployment.proto\"\x89\x01\n\x14ReportTrafficRequest\x12\x0f\n\x07gateway\x18\x01 \x01(\t\x12\x35\n\x07targets\x18\x02 \x03(\x0b\x32$.penstock.scheduler.v1.TargetTraffic\x12)\n\x06uptime\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x17\n\x15ReportTrafficResponse\"\x8d\x02\n\rTargetTraffic\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x05\x12\x0f\n\x07\x61rrived\x18\x04 \x01(\x03\x12\x11\n\tsucceeded\x18\x05 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x03\x12\x12\n\noverloaded\x18\x07 \x01(\x03\x12\x0f\n\x07waiting\x18\x08 \x01(\x05\x12\x1b\n\x13waiting_for_replica\x18\t \x01(\x05\x12\x11\n\tlatencies\x18\n \x03(\x03\x12\x0e\n\x06\x61greed\x18\x0b \x01(\x03\x12\x11\n\tdisagreed\x18\x0c \x01(\x03\x12\x1c\n\x14latency_microseconds\x18\r \x01(\x03\"%\n\x12WatchRoutesRequest\x12\x0f\n\x07gateway\x18\x01 \x01(\t\"W\n\x13WatchRoutesResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12,\n\x06routes\x18\x02 \x03(\x0b\x32\x1c.penstock.scheduler.v1.Route\"\x80\x02\n\x05Route\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x33\n\x07targets\x18\x02 \x03(\x0b\x32\".penstock.scheduler.v1.RouteTarget\x12\x17\n\x0fmax_queue_depth\x18\x03 \x01(\x05\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x35\n\x05state\x18\x05 \x01(\x0e\x32&.penstock.scheduler.v1.DeploymentState\x12\x33\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32$.penstock.scheduler.v1.ResponseCache\x12\x18\n\x10scales_from_zero\x18\x07 \x01(\x08\"\x99\x02\n\x0bRouteTarget\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06weight\x18\x03 \x01(\x05\x12\r\n\x05queue\x18\x04 \x01(\t\x12\x16\n\x0eready_replicas\x18\x05 \x01(\x05\x12\x30\n\x08manifest\x18\x06 \x01(\x0b\x32\x1e.penstock.registry.v1.Manifest\x12.\n\x08\x62\x61tching\x18\x07 \x01(\x0b\x32\x1c.penstock.common.v1.Batching\x12\x0f\n\x07\x61liases\x18\x08 \x03(\t\x12\x0e\n\x06\x64igest\x18\t \x01(\t\x12\x16\n\x0emirror_percent\x18\n \x01(\x05\x12\x18\n\x10mirror_tolerance\x18\x0b \x01(\x01\x32\xe4\x01\n\x0eRoutingService\x12\x66\n\x0bWatchRoutes\x12).penstock.scheduler.v1.WatchRoutesRequest\x1a*.penstock.scheduler.v1.WatchRoutesResponse0\x01\x12j\n\rReportTraffic\x12+.penstock.scheduler.v1.ReportTrafficRequest\x1a,.penstock.scheduler.v1.ReportTrafficResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.scheduler.v1.routing_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPORTTRAFFICREQUEST']._serialized_start=183
-  _globals['_REPORTTRAFFICREQUEST']._serialized_end=277
-  _globals['_REPORTTRAFFICRESPONSE']._serialized_start=279
-  _globals['_REPORTTRAFFICRESPONSE']._serialized_end=302
-  _globals['_TARGETTRAFFIC']._serialized_start=305
-  _globals['_TARGETTRAFFIC']._serialized_end=574
-  _globals['_WATCHROUTESREQUEST']._serialized_start=576
-  _globals['_WATCHROUTESREQUEST']._serialized_end=613
-  _globals['_WATCHROUTESRESPONSE']._serialized_start=615
-  _globals['_WATCHROUTESRESPONSE']._serialized_end=702
-  _globals['_ROUTE']._serialized_start=705
-  _globals['_ROUTE']._serialized_end=961
-  _globals['_ROUTETARGET']._serialized_start=964
-  _globals['_ROUTETARGET']._serialized_end=1245
-  _globals['_ROUTINGSERVICE']._serialized_start=1248
-  _globals['_ROUTINGSERVICE']._serialized_end=1476
+  _globals['_REPORTTRAFFICREQUEST']._serialized_start=216
+  _globals['_REPORTTRAFFICREQUEST']._serialized_end=353
+  _globals['_REPORTTRAFFICRESPONSE']._serialized_start=355
+  _globals['_REPORTTRAFFICRESPONSE']._serialized_end=378
+  _globals['_TARGETTRAFFIC']._serialized_start=381
+  _globals['_TARGETTRAFFIC']._serialized_end=650
+  _globals['_WATCHROUTESREQUEST']._serialized_start=652
+  _globals['_WATCHROUTESREQUEST']._serialized_end=689
+  _globals['_WATCHROUTESRESPONSE']._serialized_start=691
+  _globals['_WATCHROUTESRESPONSE']._serialized_end=778
+  _globals['_ROUTE']._serialized_start=781
+  _globals['_ROUTE']._serialized_end=1037
+  _globals['_ROUTETARGET']._serialized_start=1040
+  _globals['_ROUTETARGET']._serialized_end=1321
+  _globals['_ROUTINGSERVICE']._serialized_start=1324
+  _globals['_ROUTINGSERVICE']._serialized_end=1552
 # @@protoc_insertion_point(module_scope)

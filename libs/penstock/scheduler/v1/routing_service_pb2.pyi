@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from penstock.common.v1 import resources_pb2 as _resources_pb2
@@ -27,21 +28,29 @@ class ReportTrafficRequest(_message.Message):
 
     GATEWAY_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
+    UPTIME_FIELD_NUMBER: _builtins.int
     gateway: _builtins.str
     """Required. The gateway process; another one after each start."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___TargetTraffic]:
-        """Required. What it has counted, by deployment and version. Those without change may be left out."""
+        """Required. What it has counted, by deployment and version; all of it, also what did not change. At most 4096."""
+
+    @_builtins.property
+    def uptime(self) -> _duration_pb2.Duration:
+        """Required. How long the process has run. Of one older than the scheduler's lead the first report is where
+        counting begins; left out, all that it has counted is new.
+        """
 
     def __init__(
         self,
         *,
         gateway: _builtins.str = ...,
         targets: _abc.Iterable[Global___TargetTraffic] | None = ...,
+        uptime: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "targets", b"targets", "uptime", b"uptime"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,6 +20,7 @@ from penstock_scheduler.usecases import metrics
 from penstock_scheduler.usecases.attach import AttachHub
 from penstock_scheduler.usecases.latest import Latest
 from penstock_scheduler.usecases.ports import ClusterStore, Leadership, Stored, Works
+from penstock_scheduler.usecases.traffic import Traffic
 from penstock_scheduler.usecases.wake import Wake
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Reconciler:
         hub: the agents' streams.
         wake: wakes the loop.
         policy: what the operator decided.
+        traffic: what gateways report.
         plan: the planner; tests give another.
     """
 
@@ -61,6 +63,7 @@ class Reconciler:
         hub: AttachHub,
         wake: Wake,
         policy: Policy,
+        traffic: Traffic,
         *,
         plan: Callable[[Snapshot, Policy], Plan] = plan,
     ) -> None:
@@ -69,6 +72,7 @@ class Reconciler:
         self._hub = hub
         self._wake = wake
         self._policy = policy
+        self._traffic = traffic
         self._plan = plan
         self._epoch: int | None = None
         self._led_since = 0.0
@@ -158,6 +162,7 @@ class Reconciler:
             else:
                 log.info("leading, epoch %d", epoch)
         self._hub.follow(epoch is not None)
+        self._traffic.follow(epoch is not None)
 
     def _snapshot(self, stored: Stored) -> Snapshot:
         self._notice_pause()
@@ -184,6 +189,7 @@ class Reconciler:
         metrics.LEADING.set(self.leading)
         if self.leading:
             self._hub.publish(snapshot)
+        self._traffic.keep(snapshot.deployments)
         self.routes.set(routes_of(snapshot))
         ready: dict[str, list[tuple[str, bool]]] = {name: [] for name in snapshot.deployments}
         for replica in snapshot.replicas.values():
