@@ -25,8 +25,12 @@ class ServiceSettings(BaseSettings):
 
     database_url: str = Field("", description="SQLAlchemy URL, postgresql+psycopg://…")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix:// URL")
-    registry_address: str = Field("127.0.0.1:7101", description="Where the registry listens")
-    scheduler_address: str = Field("127.0.0.1:7102", description="Where the scheduler listens")
+    registry_address: str = Field(
+        "127.0.0.1:7101", description="Where the registry listens; commas between several"
+    )
+    scheduler_address: str = Field(
+        "127.0.0.1:7102", description="Where the scheduler listens; commas between several"
+    )
     data_dir: Path = Field(Path(".penstock"), description="Folder for files that this service keeps")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "text"] = "json"

@@ -40,8 +40,8 @@ class RpcServer:
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", max_message_bytes),
-                # Clients of ours ping every 10 s; anything faster than 5 s is abuse.
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                # Clients of ours ping every 4 s; anything much faster is abuse.
+                ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
                 ("grpc.keepalive_time_ms", 10_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),

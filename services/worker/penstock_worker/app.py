@@ -11,7 +11,7 @@ import grpc
 
 from penstock.worker.v1 import worker_service_pb2_grpc
 from penstock_kit.lifecycle import running
-from penstock_kit.rpc import RpcServer, open_channel
+from penstock_kit.rpc import RpcServer, addresses_of, open_channel
 from penstock_kit.telemetry import (
     MetricsServer,
     Readings,
@@ -145,6 +145,7 @@ async def agent(
             changes=changes,
             apply=reconciler.apply,
             attached=lambda attached: health.set(attached=attached),
+            schedulers=len(addresses_of(settings.scheduler_address)),
         )
         rpc.add(
             worker_service_pb2_grpc.add_WorkerServiceServicer_to_server,

@@ -8,7 +8,8 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from penstock_kit.errors import PenstockError
-from penstock_kit.rpc import open_channel
+from penstock_kit.rpc import FailoverChannel, addresses_of, open_channel
+from penstock_kit.rpc.channel import KEEPALIVE_MILLISECONDS, KEEPALIVE_TIMEOUT_MILLISECONDS
 
 _LOOK_SECONDS = 2.0
 _ANSWER_SECONDS = 2.0
@@ -19,7 +20,7 @@ class Service:
 
     Args:
         name: For people.
-        address: host:port or unix:/path.
+        address: host:port or unix:/path, or several with commas between: one that answers is used.
         limit: Bytes of one message at most.
 
     Attributes:
@@ -32,21 +33,8 @@ class Service:
         self.name = name
         self.problem = f"the {name} has not answered yet"
         self.channel = open_channel(address, max_message_bytes=limit)
-        self.raw = grpc.aio.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
-                ("grpc.keepalive_time_ms", 10_000),
-                ("grpc.keepalive_timeout_ms", 5_000),
-                ("grpc.min_reconnect_backoff_ms", 100),
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1_000),
-                ("grpc.enable_retries", 0),
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.enable_http_proxy", 0),
-            ],
-        )
+        raws = [_raw(each, limit) for each in addresses_of(address)]
+        self.raw = raws[0] if len(raws) == 1 else FailoverChannel(raws)
         self._check = self.channel.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
@@ -71,3 +59,21 @@ class Service:
         """Close both channels."""
         await self.raw.close()
         await self.channel.close()
+
+
+def _raw(address: str, limit: int) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(
+        address,
+        options=[
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+            ("grpc.enable_retries", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+        ],
+    )

@@ -43,7 +43,8 @@ class SchedulerClient:
     """Stays attached to the scheduler for as long as the agent runs.
 
     Args:
-        channel: To the scheduler.
+        channel: To the scheduler, or to several of which one leads.
+        schedulers: How many.
         status: Returns the whole status now.
         changes: Tells when the status has changed.
         apply: Takes up a desired state.
@@ -58,18 +59,21 @@ class SchedulerClient:
         changes: ChangeCount,
         apply: Callable[[int, list[DesiredReplica]], None],
         attached: Callable[[bool], Awaitable[None]],
+        schedulers: int = 1,
     ) -> None:
         self._stub = node_service_pb2_grpc.NodeServiceStub(channel)
         self._status = status
         self._changes = changes
         self._apply = apply
         self._attached = attached
+        self._schedulers = schedulers
 
     async def run(self) -> None:
         """Attach again and again, until cancelled."""
         loop = asyncio.get_running_loop()
         pause = FIRST_RETRY_SECONDS
-        said = ""
+        said: set[str] = set()
+        tried = 0
         while True:
             began = loop.time()
             why = "The scheduler ended the stream."
@@ -79,10 +83,14 @@ class SchedulerClient:
                 why = str(error)
             await self._attached(False)
             if loop.time() - began > SETTLED_SECONDS:
-                pause, said = FIRST_RETRY_SECONDS, ""
-            if why != said:
+                pause, said, tried = FIRST_RETRY_SECONDS, set(), 0
+            if why not in said:
                 log.warning("not attached to the scheduler", extra={"why": why})
-                said = why
+                said.add(why)
+            tried += 1
+            if tried % self._schedulers:
+                # The channel has gone on to the next one, which may lead: ask all before a pause.
+                continue
             # Agents that all lost one scheduler must not come back to the next in step.
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311 - not a secret
             pause = min(2 * pause, LAST_RETRY_SECONDS)
