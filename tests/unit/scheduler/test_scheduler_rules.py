@@ -90,7 +90,7 @@ def test_needs_come_from_the_deployment_then_the_manifest_then_the_defaults() ->
         VersionKey("m", 1), "ab", "torch", 10 * MIB, Resources(cpu_millis=700, gpus=1), Batching(8)
     )
     group = group_of(Spec((), resources=Resources(gpus=2)), version, Defaults())
-    assert group.resources == Resources(700, 64 * MIB + 20 * MIB, 2, 0)
+    assert group.resources == Resources(700, 64 * MIB + 20 * MIB, 2, 0, disk_bytes=10 * MIB)
     assert group.batching == Batching(8)
     other = group_of(Spec((), batching=Batching(0)), version, Defaults())
     assert other.batching == Batching(0)

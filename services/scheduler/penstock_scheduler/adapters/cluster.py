@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -37,11 +38,11 @@ from penstock_scheduler.adapters.rows import (
     VersionRow,
 )
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
-from penstock_scheduler.domain.node import Node, NodeState
+from penstock_scheduler.domain.node import DeviceKind, Node, NodeState
 from penstock_scheduler.domain.planner import Plan
 from penstock_scheduler.domain.replica import Replica, ReplicaState
 from penstock_scheduler.domain.version import Version, VersionKey
-from penstock_scheduler.usecases.ports import AllocationView, NodeView, Stored
+from penstock_scheduler.usecases.ports import AllocationView, NodeView, OperatorSays, Stored
 
 _STOPPED = ReplicaState.STOPPED.name
 
@@ -94,6 +95,14 @@ class SqlCluster:
             for row in await self._session.scalars(query):
                 version = version_from_document(row.document)
                 self._versions[version.key] = version
+        # What was measured of a version changes, unlike all else of it.
+        seen = select(VersionRow.model, VersionRow.number, VersionRow.measured_memory_bytes).where(
+            VersionRow.measured_memory_bytes.is_not(None)
+        )
+        for model, number, count in await self._session.execute(seen):
+            known = self._versions.get(VersionKey(model, number))
+            if known is not None and count and known.measured_memory_bytes != count:
+                self._versions[known.key] = replace(known, measured_memory_bytes=count)
         return {key: self._versions[key] for key in keys}
 
     async def apply(self, plan: Plan, epoch: int) -> None:
@@ -112,6 +121,12 @@ class SqlCluster:
             await self._allocate([r for r in plan.replicas if r.placed])
             for deployment in plan.deployments:
                 await self._save_deployment(deployment)
+            for key, count in plan.measured:
+                await session.execute(
+                    update(VersionRow)
+                    .where(VersionRow.model == key.model, VersionRow.number == key.number)
+                    .values(measured_memory_bytes=count)
+                )
             if plan.removed:
                 await session.execute(
                     update(DeploymentRow)
@@ -144,10 +159,23 @@ class SqlCluster:
         await self._session.execute(delete(DeviceRow).where(DeviceRow.node.in_(names)))
         await self._session.execute(delete(NodeRow).where(NodeRow.name.in_(names)))
 
-    async def node(self, name: str) -> NodeView | None:
+    async def node(self, name: str, *, lock: bool = False) -> NodeView | None:
         """See `ClusterStore.node`."""
-        found = await self._node_views(select(NodeRow).where(NodeRow.name == name))
+        query = select(NodeRow).where(NodeRow.name == name)
+        found = await self._node_views(query.with_for_update(key_share=True) if lock else query)
         return found[0] if found else None
+
+    async def mark_node(self, name: str, says: OperatorSays) -> bool:
+        """See `ClusterStore.mark_node`."""
+        done = await self._session.execute(
+            update(NodeRow)
+            .where(NodeRow.name == name)
+            .values(
+                cordoned=says.cordoned, draining=says.draining, taints=[list(taint) for taint in says.taints]
+            )
+            .returning(NodeRow.name)
+        )
+        return done.first() is not None
 
     async def nodes(self, after: str, limit: int) -> Sequence[NodeView]:
         """See `ClusterStore.nodes`."""
@@ -222,7 +250,16 @@ class SqlCluster:
         if replicas:
             values = [replica_values(r, uids[r.deployment]) for r in replicas]
             statement = upsert(ReplicaRow).values(values)
-            changing = ("state", "message", "node", "devices", "restarts", "pid", "update_time")
+            changing = (
+                "state",
+                "message",
+                "node",
+                "devices",
+                "resources",
+                "restarts",
+                "pid",
+                "update_time",
+            )
             await self._session.execute(
                 statement.on_conflict_do_update(index_elements=["id"], set_=_excluded(statement, changing))
             )
@@ -234,6 +271,7 @@ class SqlCluster:
         fresh = [r for r in replicas if r.id not in held]
         if not fresh:
             return
+        sizes = await self._take_in({r.node for r in fresh})
         now = datetime.now(UTC)
         await self._session.execute(
             insert(AllocationRow),
@@ -245,19 +283,42 @@ class SqlCluster:
                     "memory_bytes": r.resources.memory_bytes,
                     "gpus": r.resources.gpus,
                     "gpu_memory_bytes": r.resources.gpu_memory_bytes,
+                    "gpu_memory_millis": r.resources.gpu_memory_millis,
+                    "digest": r.digest,
+                    "disk_bytes": r.resources.disk_bytes,
                     "create_time": now,
                 }
                 for r in fresh
             ],
         )
         devices = [
-            {"replica": r.id, "node": r.node, "device": d, "memory_bytes": r.resources.gpu_memory_bytes}
+            {
+                "replica": r.id,
+                "node": r.node,
+                "device": d,
+                "memory_bytes": r.resources.gpu_bytes(sizes.get((r.node, d), 0)),
+            }
             for r in fresh
             if r.resources.gpus
             for d in r.devices
         ]
         if devices:
             await self._session.execute(insert(AllocationDeviceRow), devices)
+
+    async def _take_in(self, names: Collection[str]) -> Mapping[tuple[str, str], int]:
+        """Makes sure that nodes take new replicas until the transaction ends; the memory of their GPUs.
+
+        Raises:
+            Aborted: one was cordoned since the plan was made.
+        """
+        query = select(NodeRow.name, NodeRow.cordoned, NodeRow.draining).where(NodeRow.name.in_(names))
+        for row in await self._session.execute(query.order_by(NodeRow.name).with_for_update(key_share=True)):
+            if row.cordoned or row.draining:
+                raise Aborted(f"Node {row.name} was cordoned meanwhile.", reason=Reason.CONFLICT)
+        gpus = select(DeviceRow.node, DeviceRow.id, DeviceRow.memory_bytes).where(
+            DeviceRow.node.in_(names), DeviceRow.kind == DeviceKind.GPU.name
+        )
+        return {(row.node, row.id): row.memory_bytes for row in await self._session.execute(gpus)}
 
     async def _save_deployment(self, deployment: Deployment) -> None:
         """Stores where a deployment stands, unless what it is asked for has changed meanwhile."""
@@ -286,6 +347,7 @@ class SqlCluster:
                 node_from_row(row, devices[row.name]),
                 row.cpu_millis_allocated,
                 row.memory_bytes_allocated,
+                row.disk_bytes_allocated,
                 {
                     d.id: d.memory_bytes if d.exclusive else d.memory_bytes_allocated
                     for d in devices[row.name]

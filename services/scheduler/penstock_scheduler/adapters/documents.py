@@ -28,6 +28,8 @@ def version_from_message(message: version_pb2.Version) -> Version:
             memory_bytes=manifest.resources.memory_bytes,
             gpus=manifest.resources.gpus,
             gpu_memory_bytes=manifest.resources.gpu_memory_bytes,
+            gpu_memory_millis=manifest.resources.gpu_memory_millis,
+            disk_bytes=manifest.resources.disk_bytes,
         ),
         batching=Batching(
             max_batch_size=manifest.batching.max_batch_size,

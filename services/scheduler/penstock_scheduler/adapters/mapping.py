@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from penstock_scheduler.adapters.rows import DeploymentRow, DeviceRow, NodeRow, ReplicaRow, RevisionRow
+from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints, Taint, Toleration
 from penstock_scheduler.domain.deployment import (
     NO_CACHE,
     Deployment,
@@ -36,6 +37,17 @@ def spec_from_json(value: Values) -> Spec:
         replicas=value["replicas"],
         resources=Resources(**value["resources"]),
         batching=None if value["batching"] is None else Batching(**value["batching"]),
+        constraints=constraints_from_json(value.get("constraints")),
+    )
+
+
+def constraints_from_json(value: Values | None) -> Constraints:
+    """The inverse of `asdict`; what an earlier release stored has none."""
+    if not value:
+        return NO_CONSTRAINTS
+    return Constraints(
+        node_selector=tuple((key, wanted) for key, wanted in value["node_selector"]),
+        tolerations=tuple(Toleration(*each) for each in value["tolerations"]),
     )
 
 
@@ -82,7 +94,7 @@ def revision_from_row(row: RevisionRow, deployment: str) -> Revision:
 
 
 def node_values(node: Node) -> Values:
-    """Columns of a node, without what is allocated."""
+    """Columns of a node, without what is allocated and what operators say."""
     return {
         "name": node.name,
         "state": node.state.name,
@@ -93,6 +105,9 @@ def node_values(node: Node) -> Values:
         "cached_digests": sorted(node.cached_digests),
         "cpu_millis": node.cpu_millis,
         "memory_bytes": node.memory_bytes,
+        "disk_bytes": node.disk_bytes,
+        "disk_bytes_free": node.disk_bytes_free,
+        "message": node.message,
         "last_seen_time": node.last_seen_time,
     }
 
@@ -107,6 +122,7 @@ def device_values(node: Node) -> list[Values]:
             "model": device.model,
             "position": position,
             "memory_bytes": device.memory_bytes,
+            "parent_uuid": device.parent_uuid,
         }
         for position, device in enumerate(node.devices)
     ]
@@ -125,8 +141,14 @@ def node_from_row(row: NodeRow, devices: Iterable[DeviceRow]) -> Node:
         cpu_millis=row.cpu_millis,
         memory_bytes=row.memory_bytes,
         last_seen_time=row.last_seen_time,
+        disk_bytes=row.disk_bytes,
+        disk_bytes_free=row.disk_bytes_free,
+        cordoned=row.cordoned,
+        draining=row.draining,
+        taints=tuple(Taint(*taint) for taint in row.taints),
+        message=row.message,
         devices=tuple(
-            Device(d.id, DeviceKind[d.kind], d.model, d.memory_bytes)
+            Device(d.id, DeviceKind[d.kind], d.model, d.memory_bytes, d.parent_uuid)
             for d in sorted(devices, key=lambda d: d.position)
         ),
     )
@@ -147,6 +169,7 @@ def replica_values(replica: Replica, deployment_uid: int) -> Values:
         "devices": list(replica.devices),
         "resources": asdict(replica.resources),
         "batching": asdict(replica.batching),
+        "constraints": asdict(replica.constraints) if replica.constraints else None,
         "restarts": replica.restarts,
         "pid": replica.pid,
         "create_time": replica.create_time,
@@ -163,6 +186,7 @@ def replica_from_row(row: ReplicaRow, deployment: str) -> Replica:
         digest=row.digest,
         resources=Resources(**row.resources),
         batching=Batching(**row.batching),
+        constraints=constraints_from_json(row.constraints),
         state=ReplicaState[row.state],
         message=row.message,
         node=row.node or "",

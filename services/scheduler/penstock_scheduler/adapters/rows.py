@@ -43,6 +43,7 @@ class VersionRow(Base):
     model: Mapped[Key]
     number: Mapped[int] = mapped_column(Integer, primary_key=True)
     document: Mapped[bytes] = mapped_column(LargeBinary)
+    measured_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class AliasesRow(Base):
@@ -96,7 +97,10 @@ class RequestRow(Base):
 
 
 class NodeRow(Base):
-    """A node; the sums of what is allocated are kept and bounded by the database."""
+    """A node; the sums of what is allocated are kept and bounded by the database.
+
+    `cordoned`, `draining` and `taints` are written by operators alone.
+    """
 
     __tablename__ = "nodes"
     name: Mapped[Key]
@@ -110,6 +114,13 @@ class NodeRow(Base):
     memory_bytes: Mapped[Big]
     cpu_millis_allocated: Mapped[int] = mapped_column(BigInteger, server_default="0")
     memory_bytes_allocated: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    disk_bytes: Mapped[Big]
+    disk_bytes_free: Mapped[Big]
+    disk_bytes_allocated: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    cordoned: Mapped[bool] = mapped_column(server_default="false")
+    draining: Mapped[bool] = mapped_column(server_default="false")
+    taints: Mapped[Any] = mapped_column(JSONB, server_default="[]")
+    message: Mapped[Str]
     last_seen_time: Mapped[Time]
 
 
@@ -122,6 +133,7 @@ class DeviceRow(Base):
     kind: Mapped[Str]
     model: Mapped[Str]
     position: Mapped[Int]
+    parent_uuid: Mapped[Str]
     memory_bytes: Mapped[Big]
     memory_bytes_allocated: Mapped[int] = mapped_column(BigInteger, server_default="0")
     holders: Mapped[int] = mapped_column(Integer, server_default="0")
@@ -144,6 +156,7 @@ class ReplicaRow(Base):
     devices: Mapped[Json]
     resources: Mapped[Json]
     batching: Mapped[Json]
+    constraints: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     restarts: Mapped[Int]
     pid: Mapped[Int]
     create_time: Mapped[Time]
@@ -160,6 +173,9 @@ class AllocationRow(Base):
     memory_bytes: Mapped[Big]
     gpus: Mapped[Int]
     gpu_memory_bytes: Mapped[Big]
+    gpu_memory_millis: Mapped[Int]
+    digest: Mapped[Str]
+    disk_bytes: Mapped[Big]
     create_time: Mapped[Time]
 
 

@@ -67,7 +67,12 @@ def asked_from_message(message: deployment_pb2.Deployment) -> Asked:
         replicas=check_replicas(message.replicas),
         resources=check_resources(
             Resources(
-                resources.cpu_millis, resources.memory_bytes, resources.gpus, resources.gpu_memory_bytes
+                cpu_millis=resources.cpu_millis,
+                memory_bytes=resources.memory_bytes,
+                gpus=resources.gpus,
+                gpu_memory_bytes=resources.gpu_memory_bytes,
+                gpu_memory_millis=resources.gpu_memory_millis,
+                disk_bytes=resources.disk_bytes,
             )
         ),
         batching=check_batching(
@@ -381,6 +386,8 @@ def _resources(resources: Resources) -> resources_pb2.Resources:
         memory_bytes=resources.memory_bytes,
         gpus=resources.gpus,
         gpu_memory_bytes=resources.gpu_memory_bytes,
+        gpu_memory_millis=resources.gpu_memory_millis,
+        disk_bytes=resources.disk_bytes,
     )
 
 

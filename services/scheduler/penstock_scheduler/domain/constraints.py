@@ -18,7 +18,7 @@ class Taint(NamedTuple):
 
 
 class Toleration(NamedTuple):
-    """Lets replicas on nodes with a taint: any with an empty key, any value of the key with an empty value."""
+    """Lets replicas on nodes with a taint: any with an empty key, any value of the key with an empty one."""
 
     key: str = ""
     value: str = ""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 
+from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.machine import step, walk
 from penstock_scheduler.domain.resources import MIB, NO_RESOURCES, Batching, Resources
 from penstock_scheduler.domain.version import VersionKey
@@ -84,12 +85,14 @@ class Spec:
         replicas: replicas of each target.
         resources: needs of one replica; fields at 0 come from the version's manifest.
         batching: how requests are joined; None leaves it to the version's manifest.
+        constraints: the nodes that replicas may run on.
     """
 
     targets: tuple[Target, ...]
     replicas: int = 1
     resources: Resources = NO_RESOURCES
     batching: Batching | None = None
+    constraints: Constraints = NO_CONSTRAINTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ PENDING ──► STARTING ──► READY ─────┐
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum
 from typing import NamedTuple
 
+from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.machine import step, walk
 from penstock_scheduler.domain.resources import Batching, Resources
 from penstock_scheduler.domain.version import VersionKey
@@ -57,12 +58,16 @@ class GroupKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What an agent sees of one of its replicas."""
+    """What an agent sees of one of its replicas.
+
+    `memory_bytes` (PSS) changes all the time and is no news: reports that differ in it alone are equal.
+    """
 
     state: ReplicaState
     message: str = ""
     pid: int = 0
     restarts: int = 0
+    memory_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ class Replica:
         devices: names of the node's devices that it uses.
         restarts: times its process ended by itself.
         pid: process id on its node.
+        constraints: the nodes that it may run on.
         create_time: when it was made.
         update_time: when its state last changed.
     """
@@ -100,6 +106,7 @@ class Replica:
     devices: tuple[str, ...] = ()
     restarts: int = 0
     pid: int = 0
+    constraints: Constraints = NO_CONSTRAINTS
 
     @property
     def version(self) -> VersionKey:

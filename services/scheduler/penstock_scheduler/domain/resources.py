@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
+from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
+
 KIB = 1024
 MIB = 1024 * KIB
 
@@ -18,21 +20,40 @@ class Resources:
         cpu_millis: thousandths of a core.
         memory_bytes: main memory.
         gpus: whole GPUs; 0 means that the CPU computes.
-        gpu_memory_bytes: memory on each GPU; 0 with `gpus` > 0 means that each GPU is held alone.
+        gpu_memory_bytes: memory on each GPU.
+        gpu_memory_millis: thousandths of the memory of each GPU, whichever it is, instead of bytes. Where
+            neither is given and `gpus` > 0, each GPU is held alone.
+        disk_bytes: disk for the bundle, which replicas of one bundle on one node share.
     """
 
     cpu_millis: int = 0
     memory_bytes: int = 0
     gpus: int = 0
     gpu_memory_bytes: int = 0
+    gpu_memory_millis: int = 0
+    disk_bytes: int = 0
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether it holds its GPUs alone."""
+        return self.gpus > 0 and not self.gpu_memory_bytes and not self.gpu_memory_millis
+
+    def gpu_bytes(self, size: int) -> int:
+        """Memory that it holds of a GPU of `size` bytes; 0 if it holds the whole of it alone."""
+        if self.gpu_memory_millis:
+            return max(1, -(-size * self.gpu_memory_millis // 1000))
+        return self.gpu_memory_bytes
 
     def or_else(self, other: Resources) -> Resources:
-        """Fills the fields that are 0 from `other`."""
+        """Fills the fields that are 0 from `other`; memory of GPUs is one field, in bytes or as a part."""
+        shared = self.gpu_memory_bytes or self.gpu_memory_millis
         return Resources(
             cpu_millis=self.cpu_millis or other.cpu_millis,
             memory_bytes=self.memory_bytes or other.memory_bytes,
             gpus=self.gpus or other.gpus,
-            gpu_memory_bytes=self.gpu_memory_bytes or other.gpu_memory_bytes,
+            gpu_memory_bytes=self.gpu_memory_bytes if shared else other.gpu_memory_bytes,
+            gpu_memory_millis=self.gpu_memory_millis if shared else other.gpu_memory_millis,
+            disk_bytes=self.disk_bytes or other.disk_bytes,
         )
 
 
@@ -72,13 +93,23 @@ class Defaults:
         memory = self.memory_base_bytes + self.memory_per_bundle_byte * size_bytes
         return Resources(cpu_millis=self.cpu_millis, memory_bytes=memory)
 
+    def corrected_memory(self, measured_bytes: int) -> int:
+        """Memory of the next replica of a version whose replicas were seen to use `measured_bytes`.
+
+        A quarter more, for what a larger batch takes; the base at least, as a replica that was just
+        started has not met its largest request yet.
+        """
+        return max(self.memory_base_bytes, measured_bytes + measured_bytes // 4)
+
 
 DEFAULTS = Defaults()
 """What is assumed unless an operator says otherwise."""
 
 
 @lru_cache(maxsize=4096)
-def spec_digest(digest: str, resources: Resources, batching: Batching) -> str:
+def spec_digest(
+    digest: str, resources: Resources, batching: Batching, constraints: Constraints = NO_CONSTRAINTS
+) -> str:
     """A short digest of all that a running replica cannot change; another one means a new replica."""
     fields: tuple[str | int, ...] = (
         digest,
@@ -92,6 +123,13 @@ def spec_digest(digest: str, resources: Resources, batching: Batching) -> str:
     )
     if batching.latency_objective_microseconds:  # else digests stay what they were before there was one
         fields += (batching.latency_objective_microseconds,)
+    # Likewise; the words tell what each of them is, as any may be missing.
+    if resources.gpu_memory_millis:
+        fields += ("gpu_memory_millis", resources.gpu_memory_millis)
+    if resources.disk_bytes:
+        fields += ("disk", resources.disk_bytes)
+    if constraints:
+        fields += ("constraints", repr(constraints))
     return hashlib.blake2b("|".join(map(str, fields)).encode(), digest_size=8).hexdigest()
 
 

@@ -34,6 +34,7 @@ class Version:
         resources: needs stated by its manifest; 0 where it states none.
         batching: how its manifest wants requests joined.
         steps: the deployments that it calls, if it is an ensemble.
+        measured_memory_bytes: the most memory that a READY replica of it was seen to use; 0 if none was.
         kind: what it takes and gives; None if unknown.
         document: the registry's message, serialized; opaque to the domain.
     """
@@ -46,4 +47,5 @@ class Version:
     batching: Batching = NO_BATCHING
     steps: tuple[Step, ...] = ()
     kind: ModelType | None = None
+    measured_memory_bytes: int = 0
     document: bytes = field(default=b"", repr=False)

@@ -8,6 +8,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Protocol, Self
 
+from penstock_scheduler.domain.constraints import Taint
 from penstock_scheduler.domain.deployment import Deployment, Revision
 from penstock_scheduler.domain.node import Node
 from penstock_scheduler.domain.planner import Plan
@@ -40,13 +41,24 @@ class NodeView:
         node: the node.
         cpu_millis: thousandths of cores given out.
         memory_bytes: memory given out.
+        disk_bytes: disk given out, once per bundle.
         devices: memory given out of each device; the whole of a GPU that is held alone.
     """
 
     node: Node
     cpu_millis: int
     memory_bytes: int
+    disk_bytes: int
     devices: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorSays:
+    """What operators say of a node; see `Node`."""
+
+    cordoned: bool = False
+    draining: bool = False
+    taints: tuple[Taint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +150,11 @@ class ClusterStore(Protocol):
     async def prune(self, before: datetime) -> None:
         """Forgets STOPPED replicas, LOST nodes and request ids that are older."""
 
-    async def node(self, name: str) -> NodeView | None:
-        """One node."""
+    async def node(self, name: str, *, lock: bool = False) -> NodeView | None:
+        """One node; with `lock` nobody else changes it until the transaction ends."""
+
+    async def mark_node(self, name: str, says: OperatorSays) -> bool:
+        """Stores what operators say of a node; false if there is none of that name."""
 
     async def nodes(self, after: str, limit: int) -> Sequence[NodeView]:
         """A page by name."""
@@ -239,6 +254,7 @@ __all__ = [
     "DeploymentView",
     "Leadership",
     "NodeView",
+    "OperatorSays",
     "Registry",
     "Stored",
     "Uses",

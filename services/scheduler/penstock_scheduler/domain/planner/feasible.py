@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.node import CPU_DEVICE, Node, NodeState
 from penstock_scheduler.domain.replica import Replica
 from penstock_scheduler.domain.resources import Resources, human_bytes
@@ -26,26 +27,42 @@ class Usage:
     node: Node
     cpu_millis: int = 0
     memory_bytes: int = 0
+    disk_bytes: int = 0
     gpus: dict[str, DeviceUse] = field(default_factory=dict)
+    bundles: dict[tuple[str, int], int] = field(default_factory=dict)
 
-    def take(self, resources: Resources, devices: Iterable[str]) -> None:
-        """Gives out a part of the node."""
-        self._change(resources, devices, 1)
+    def take(self, resources: Resources, devices: Iterable[str], digest: str = "") -> None:
+        """Gives out a part of the node, to a replica of the bundle `digest`."""
+        self._change(resources, devices, digest, 1)
 
-    def give_back(self, resources: Resources, devices: Iterable[str]) -> None:
+    def give_back(self, resources: Resources, devices: Iterable[str], digest: str = "") -> None:
         """Takes a part of the node back."""
-        self._change(resources, devices, -1)
+        self._change(resources, devices, digest, -1)
 
-    def _change(self, resources: Resources, devices: Iterable[str], sign: int) -> None:
+    def has_bundle(self, digest: str, disk_bytes: int) -> bool:
+        """Whether the disk for a bundle is given out already, to replicas that share it."""
+        return (digest, disk_bytes) in self.bundles
+
+    def _change(self, resources: Resources, devices: Iterable[str], digest: str, sign: int) -> None:
         self.cpu_millis += sign * resources.cpu_millis
         self.memory_bytes += sign * resources.memory_bytes
+        if resources.disk_bytes:
+            key = (digest, resources.disk_bytes)
+            holders = self.bundles.get(key, 0) + sign
+            if holders == (1 if sign > 0 else 0):
+                self.disk_bytes += sign * resources.disk_bytes
+            if holders:
+                self.bundles[key] = holders
+            else:
+                del self.bundles[key]
         if not resources.gpus:
             return
+        sizes = {gpu.id: gpu.memory_bytes for gpu in self.node.gpus}
         for name in devices:
             use = self.gpus.setdefault(name, DeviceUse())
-            use.memory_bytes += sign * resources.gpu_memory_bytes
+            use.memory_bytes += sign * resources.gpu_bytes(sizes.get(name, 0))
             use.holders += sign
-            use.exclusive = sign > 0 and resources.gpu_memory_bytes == 0
+            use.exclusive = sign > 0 and resources.exclusive
 
     def fits_in_node(self) -> bool:
         """Whether what is given out is within what the node has (it may have come back smaller)."""
@@ -53,6 +70,7 @@ class Usage:
         return (
             self.cpu_millis <= self.node.cpu_millis
             and self.memory_bytes <= self.node.memory_bytes
+            and (not self.node.disk_bytes or self.disk_bytes <= self.node.disk_bytes)
             and all(
                 use.memory_bytes <= sizes.get(name, -1) for name, use in self.gpus.items() if use.holders > 0
             )
@@ -64,7 +82,7 @@ def usage_of(node: Node, replicas: Iterable[Replica]) -> Usage:
     usage = Usage(node)
     for replica in replicas:
         if replica.placed:
-            usage.take(replica.resources, replica.devices)
+            usage.take(replica.resources, replica.devices, replica.digest)
     return usage
 
 
@@ -75,10 +93,14 @@ class Need:
     Attributes:
         runtime: name of the runtime that loads it.
         resources: what it holds.
+        constraints: the nodes that it may run on.
+        digest: its bundle, whose disk replicas share.
     """
 
     runtime: str
     resources: Resources
+    constraints: Constraints = NO_CONSTRAINTS
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +139,19 @@ def admit(node: Node, need: Need) -> Rejection | None:
     if node.runtimes and runtime not in node.runtimes:
         runs = ", ".join(node.runtimes)
         return Rejection(node.name, 1, 1.0, f"the runtime {runtime} (it runs {runs}{_allow(runtime)})")
+    selector, labels = need.constraints.node_selector, dict(node.labels)
+    lacking = [(key, value) for key, value in selector if labels.get(key) != value]
+    if lacking:
+        key, value = lacking[0]
+        has = f"it has {key}={labels[key]}" if key in labels else f"it has no label {key}"
+        return Rejection(node.name, 2, len(lacking) / len(selector), f"the label {key}={value} ({has})")
+    taint = need.constraints.unborne(node.taints)
+    if taint is not None:
+        return Rejection(node.name, 3, 1.0, f"a place for replicas that do not bear its taint {taint}")
+    if node.cordoned or node.draining:
+        how = "being drained" if node.draining else "cordoned"
+        lift = f"`penstock nodes uncordon {node.name}` gives it"
+        return Rejection(node.name, 4, 1.0, f"permission to take anything new (it is {how}; {lift})")
     return None
 
 
@@ -134,10 +169,14 @@ def check(usage: Usage, need: Need) -> Placement | Rejection:
         "of memory", resources.memory_bytes, usage.memory_bytes, node.memory_bytes, human_bytes
     )
     if shortage:
-        return Rejection(node.name, 3, *shortage)
+        return Rejection(node.name, 6, *shortage)
     shortage = _shortage("of CPU", resources.cpu_millis, usage.cpu_millis, node.cpu_millis, _human_cores)
     if shortage:
-        return Rejection(node.name, 4, *shortage)
+        return Rejection(node.name, 7, *shortage)
+    if node.disk_bytes and not usage.has_bundle(need.digest, resources.disk_bytes):
+        shortage = _shortage("of disk", resources.disk_bytes, usage.disk_bytes, node.disk_bytes, human_bytes)
+        if shortage:
+            return Rejection(node.name, 8, *shortage)
     return Placement(usage, gpus)
 
 
@@ -154,22 +193,24 @@ def _choose_gpus(usage: Usage, resources: Resources) -> tuple[str, ...] | Reject
     fitting: list[tuple[int, str]] = []
     for gpu in node.gpus:
         use = usage.gpus.get(gpu.id, DeviceUse())
-        if resources.gpu_memory_bytes == 0:
+        free = gpu.memory_bytes - use.memory_bytes
+        if resources.exclusive:
             fits = use.holders == 0
         else:
-            fits = not use.exclusive and gpu.memory_bytes - use.memory_bytes >= resources.gpu_memory_bytes
+            fits = not use.exclusive and free >= resources.gpu_bytes(gpu.memory_bytes)
         if fits:
-            fitting.append((gpu.memory_bytes - use.memory_bytes, gpu.id))
+            fitting.append((free, gpu.id))
     if len(fitting) < resources.gpus:
-        what = (
-            f"GPUs with {human_bytes(resources.gpu_memory_bytes)} free"
-            if resources.gpu_memory_bytes
-            else "GPUs that nobody uses"
-        )
+        if resources.gpu_memory_millis:
+            what = f"GPUs with {resources.gpu_memory_millis / 10:g} % of their memory free"
+        elif resources.gpu_memory_bytes:
+            what = f"GPUs with {human_bytes(resources.gpu_memory_bytes)} free"
+        else:
+            what = "GPUs that nobody uses"
         missing = (resources.gpus - len(fitting)) / resources.gpus
         return Rejection(
             node.name,
-            2,
+            5,
             missing,
             f"{what} (needs {resources.gpus}, has {len(fitting)} such of {len(node.gpus)})",
         )

@@ -21,10 +21,12 @@ from penstock_scheduler.domain.planner.feasible import (
     closest,
     usage_of,
 )
+from penstock_scheduler.domain.planner.measure import measured
 from penstock_scheduler.domain.planner.rank import select
 from penstock_scheduler.domain.planner.snapshot import Group, Snapshot, groups_of
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
 from penstock_scheduler.domain.resources import DEFAULTS, Defaults
+from penstock_scheduler.domain.version import VersionKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,17 @@ class Plan:
         replicas: new and changed replicas; those that became STOPPED hold nothing any more.
         deployments: changed deployments.
         removed: names of deployments whose last replica is gone.
+        measured: the most memory that a READY replica of a version was seen to use, where that is news.
     """
 
     nodes: tuple[Node, ...] = ()
     replicas: tuple[Replica, ...] = ()
     deployments: tuple[Deployment, ...] = ()
     removed: tuple[str, ...] = ()
+    measured: tuple[tuple[VersionKey, int], ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.nodes or self.replicas or self.deployments or self.removed)
+        return bool(self.nodes or self.replicas or self.deployments or self.removed or self.measured)
 
     def after(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot as it is once the plan has been carried out."""
@@ -78,6 +82,10 @@ class Plan:
             nodes={**snapshot.nodes, **{n.name: n for n in self.nodes}},
             replicas={k: r for k, r in replicas.items() if r.state is not ReplicaState.STOPPED},
             deployments={k: d for k, d in deployments.items() if k not in self.removed},
+            versions={
+                **snapshot.versions,
+                **{k: replace(snapshot.versions[k], measured_memory_bytes=m) for k, m in self.measured},
+            },
         )
 
 
@@ -263,6 +271,7 @@ class _Draft:
                 if old.deployments[d.name] != d and d.name not in self._removed
             ),
             removed=tuple(self._removed),
+            measured=measured(old, self._replicas.values()),
         )
 
     # -- helpers ----------------------------------------------------------------------------------
@@ -300,6 +309,10 @@ class _Draft:
                 crowd[victim.node] -= 1
                 have.remove(victim)
                 self._drain(victim, "Fewer replicas are asked for.")
+        for replica in have:
+            if replica.state is ReplicaState.PENDING and replica.resources != group.resources:
+                # What was measured meanwhile, of others of its version, holds for it too.
+                self._replicas[replica.id] = replace(replica, resources=group.resources)
         ordinal = len(self._of[name])
         for _ in range(group.count - len(have)):
             ordinal += 1
@@ -310,6 +323,7 @@ class _Draft:
                 digest=group.version.digest,
                 resources=group.resources,
                 batching=group.batching,
+                constraints=group.constraints,
                 create_time=self._now,
                 update_time=self._now,
             )
@@ -333,10 +347,11 @@ class _Draft:
         return f"{deployment[:40]}-{group.key.version.number}-{token}"
 
     def _need(self, replica: Replica) -> Need:
-        return Need(self._snapshot.versions[replica.version].runtime, replica.resources)
+        runtime = self._snapshot.versions[replica.version].runtime
+        return Need(runtime, replica.resources, replica.constraints, replica.digest)
 
     def _put(self, replica: Replica, usage: Usage, devices: tuple[str, ...]) -> None:
-        usage.take(replica.resources, devices)
+        usage.take(replica.resources, devices, replica.digest)
         placed = replace(replica, node=usage.node.name, devices=devices)
         self._replicas[replica.id] = placed.advance(ReplicaState.STARTING, self._now)
         self._on[usage.node.name].append(replica.id)

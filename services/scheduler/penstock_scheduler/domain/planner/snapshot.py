@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.deployment import Deployment, Spec
 from penstock_scheduler.domain.node import Node, Report
 from penstock_scheduler.domain.replica import GroupKey, Replica
@@ -47,6 +48,7 @@ class Group:
     resources: Resources
     batching: Batching
     count: int
+    constraints: Constraints = NO_CONSTRAINTS
 
 
 def groups_of(
@@ -60,9 +62,19 @@ def groups_of(
 
 
 def group_of(spec: Spec, version: Version, defaults: Defaults) -> Group:
-    """Works out what the replicas of one version need under a spec."""
+    """Works out what the replicas of one version need under a spec.
+
+    What was measured, and the disk of the bundle, change what new replicas hold and nothing else: they are
+    no part of the key, so that replicas that run are left alone.
+    """
     stated = spec.resources.or_else(version.resources)
     resources = stated.or_else(defaults.resources(version.size_bytes))
     batching = version.batching if spec.batching is None else spec.batching
-    key = GroupKey(version.key, spec_digest(version.digest, resources, batching))
-    return Group(key, version, resources, batching, spec.replicas)
+    digest = spec_digest(version.digest, resources, batching, spec.constraints)
+    if not stated.memory_bytes and version.measured_memory_bytes:
+        memory = defaults.corrected_memory(version.measured_memory_bytes)
+        resources = replace(resources, memory_bytes=memory)
+    if not stated.disk_bytes:
+        resources = replace(resources, disk_bytes=version.size_bytes)
+    key = GroupKey(version.key, digest)
+    return Group(key, version, resources, batching, spec.replicas, spec.constraints)
