@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from penstock.registry.v1 import registry_service_pb2
 from penstock.scheduler.v1 import scheduler_service_pb2
 from penstock_gateway.adapters.channels import Service
-from penstock_gateway.adapters.services import RegistryClient, SchedulerClient
+from penstock_gateway.adapters.services import RegistryClient, SchedulerClient, TrafficClient
 from penstock_gateway.adapters.statistics import StatisticsReader
 from penstock_gateway.api.grpc import gateway, health, oip, passthrough, reflection
 from penstock_gateway.api.listener import open_listener
@@ -28,6 +28,7 @@ from penstock_gateway.settings import GatewaySettings
 from penstock_gateway.usecases.catalog import Catalog
 from penstock_gateway.usecases.publish import CacheReport
 from penstock_gateway.usecases.repository import Repository
+from penstock_gateway.usecases.traffic import TrafficReport
 from penstock_gateway.usecases.watch import QueueWatch
 from penstock_kit.lifecycle import TaskSet
 from penstock_kit.queue.sender import RequestSender
@@ -97,6 +98,7 @@ class Gateway:
             cache_bytes=settings.gateway_cache_bytes,
         )
         self._watcher = RouteWatcher(self._scheduler.channel, self.name, self._dispatcher.update)
+        self._traffic = TrafficReport(self.name, self._dispatcher, TrafficClient(self._scheduler.channel))
         self._queues = QueueWatch(lambda: self._dispatcher.waitlists, self._statistics)
         # /metrics on the shared port is answered by any of the gateways that share it; this, by one.
         numbers = CollectorRegistry()
@@ -151,6 +153,7 @@ class Gateway:
         self._tasks.run_forever("registry health", self._registry.look)
         self._tasks.run_forever("depths of queues", self._queues.run)
         self._tasks.run_forever("counters of the cache", CacheReport(self._statistics).run)
+        self._tasks.run_forever("report of traffic", self._traffic.run)
         if self._shares:
             await self._until_able()
         await self._server.start(self._listener)

@@ -16,6 +16,7 @@ from penstock.queue.v1.envelope_pb2 import (
     RequestHeader,
 )
 from penstock_gateway.domain.admission import Backlog
+from penstock_gateway.domain.traffic import Tally
 from penstock_gateway.hotpath.cache import OVERHEAD_BYTES, ResponseCache
 from penstock_gateway.hotpath.canonical import MAX_KEYED_BYTES, key_of, split, with_id, without_id
 from penstock_gateway.hotpath.flights import Leavable, Outcome
@@ -49,6 +50,7 @@ class Caller:
         self.flight: Leavable | None = None
         self.backlog = Backlog()
         self.reckoned = 0.0
+        self.tally = Tally()
         self.outcomes: list[Outcome] = []
         self.left = False
 

@@ -9,6 +9,7 @@ import pytest
 from penstock.oip.v2 import inference_pb2 as oip
 from penstock.queue.v1.envelope_pb2 import PAYLOAD_FORMAT_OIP_GRPC, ReplyHeader, RequestHeader
 from penstock_gateway.domain.admission import Backlog
+from penstock_gateway.domain.traffic import Tally
 from penstock_gateway.hotpath.cache import ResponseCache
 from penstock_gateway.hotpath.flights import Leavable, Outcome
 from penstock_kit.errors import Code, DeadlineExceeded, ResourceExhausted, Unavailable
@@ -41,6 +42,7 @@ class Caller:
         self.backlog = BACKLOG
         self.backlog.join()
         self.reckoned = 0.0
+        self.tally = Tally()
         self.outcomes: list[Outcome] = []
         self._ended = asyncio.Event()
 

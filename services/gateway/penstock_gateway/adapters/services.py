@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 
 from penstock.registry.v1 import registry_service_pb2, registry_service_pb2_grpc
-from penstock.scheduler.v1 import deployment_pb2, scheduler_service_pb2, scheduler_service_pb2_grpc
+from penstock.scheduler.v1 import (
+    deployment_pb2,
+    routing_service_pb2,
+    routing_service_pb2_grpc,
+    scheduler_service_pb2,
+    scheduler_service_pb2_grpc,
+)
 from penstock_gateway.usecases.ports import DeploymentView
+from penstock_gateway.usecases.traffic import Reported
 from penstock_kit.errors import NotFound
 
 _PAGE = 1000
+# A scheduler that hangs must not keep the others from being told.
+_REPORT_SECONDS = 1.0
 
 
 class RegistryClient:
@@ -74,6 +83,49 @@ class SchedulerClient:
         request = scheduler_service_pb2.WatchDeploymentRequest(name=f"deployments/{name}")
         async for deployment in self._stub.WatchDeployment(request):
             yield _view(deployment)
+
+
+class TrafficClient:
+    """The scheduler that leads, over gRPC; see `usecases.traffic.TrafficSink`.
+
+    Of several schedulers the others refuse a report as UNAVAILABLE, and the channel goes on to the next one
+    and stays there: what else this process asks a scheduler goes to the one that leads, too.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = routing_service_pb2_grpc.RoutingServiceStub(channel)
+
+    async def report(self, gateway: str, uptime_seconds: float, targets: Sequence[Reported]) -> None:
+        """Tell what a gateway process has counted.
+
+        Raises:
+            PenstockError: No scheduler took it.
+        """
+        request = routing_service_pb2.ReportTrafficRequest(
+            gateway=gateway, targets=[to_traffic(one) for one in targets]
+        )
+        request.uptime.FromNanoseconds(int(uptime_seconds * 1e9))
+        await self._stub.ReportTraffic(request, timeout=_REPORT_SECONDS)
+
+
+def to_traffic(one: Reported) -> routing_service_pb2.TargetTraffic:
+    """Return what is said of one version."""
+    tally = one.tally
+    return routing_service_pb2.TargetTraffic(
+        deployment=tally.deployment,
+        model=tally.model,
+        version=tally.version,
+        arrived=tally.arrived,
+        succeeded=tally.succeeded,
+        failed=tally.failed,
+        overloaded=tally.overloaded,
+        waiting=one.waiting,
+        waiting_for_replica=one.waiting_for_replica,
+        latencies=tally.latencies,
+        agreed=tally.agreed,
+        disagreed=tally.disagreed,
+        latency_microseconds=int(tally.seconds * 1e6),
+    )
 
 
 def _deployment(name: str, model: str, version: int) -> deployment_pb2.Deployment:

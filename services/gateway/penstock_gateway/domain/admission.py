@@ -37,6 +37,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from penstock_gateway.domain.traffic import NOBODY, Tally
+
 PRIORITIES = 3
 
 # Answers that come closer together than this are taken as one group; replicas answer whole batches.
@@ -285,13 +287,15 @@ class Waitlist:
 
     Attributes:
         backlogs: High, normal, low.
+        tally: Where the answers of the queue's version are counted.
     """
 
-    __slots__ = ("_max_rows", "_replicas", "_requests", "_rows", "_rows_each", "backlogs", "queue")
+    __slots__ = ("_max_rows", "_replicas", "_requests", "_rows", "_rows_each", "backlogs", "queue", "tally")
 
     def __init__(self, queue: str) -> None:
         self.queue = queue
         self.backlogs = tuple(Backlog() for _ in range(PRIORITIES))
+        self.tally: Tally = NOBODY
         self._replicas = self._max_rows = 1
         self._rows_each = 1.0
         # Counters of all replicas, as last read.

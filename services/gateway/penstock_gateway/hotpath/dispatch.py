@@ -11,6 +11,7 @@ from functools import partial
 
 from penstock.queue.v1.envelope_pb2 import PayloadFormat, RequestHeader
 from penstock_gateway.domain.admission import NOWHERE, Backlog, Waitlist
+from penstock_gateway.domain.traffic import NOBODY, Tallies, Tally
 from penstock_gateway.hotpath import lanes
 from penstock_gateway.hotpath.cache import DEFAULT_LIMIT_BYTES, ResponseCache
 from penstock_gateway.hotpath.flights import Leavable
@@ -53,6 +54,7 @@ class Ticket:
         backlog: Where the request waits.
         flight: What answers it, if it is in no queue by itself.
         reckoned: Seconds that those ahead of it were expected to take when it came.
+        tally: Where the version's answers are counted.
     """
 
     __slots__ = (
@@ -66,6 +68,7 @@ class Ticket:
         "selector",
         "span",
         "started",
+        "tally",
     )
 
     def __init__(
@@ -76,6 +79,7 @@ class Ticket:
         done: Done,
         backlog: Backlog,
         reckoned: float,
+        tally: Tally,
     ) -> None:
         self._dispatcher = dispatcher
         self.lane = lane
@@ -83,6 +87,7 @@ class Ticket:
         self.done = done
         self.backlog = backlog
         self.reckoned = reckoned
+        self.tally = tally
         self.started = time.monotonic()
         self.selector = ""
         self.span: InferenceSpan | None = None
@@ -106,6 +111,10 @@ class Ticket:
                 self.backlog.missed(now, took, self.reckoned)
             else:
                 self.backlog.leave()
+        if isinstance(outcome, BaseException):
+            self.tally.err(outcome, took, self.reckoned)
+        else:
+            self.tally.succeed(took)
         self._dispatcher.forget(self, code, took)
         self.done(outcome)
 
@@ -124,9 +133,11 @@ class Dispatcher:
         table: The routing table of the moment.
         lanes: What is counted, by deployment.
         waitlists: What waits, by queue.
+        tallies: What came of the requests for each version, for the scheduler.
         cache: Answers of deployments that have a policy for equal requests.
         draining: Whether new inferences are refused because the process ends.
         changed: Set when the next routing table comes, and replaced then.
+        wanting: Set when a request begins to wait for a replica where there is none.
     """
 
     def __init__(
@@ -147,6 +158,8 @@ class Dispatcher:
         self.table = Table()
         self.lanes: dict[str, Lane] = {}
         self.waitlists: dict[str, Waitlist] = {}
+        self.tallies = Tallies()
+        self.wanting = asyncio.Event()
         self.cache = ResponseCache(sender, cache_bytes)
         self.draining = False
 
@@ -171,6 +184,13 @@ class Dispatcher:
         gone = self.table.queues() - table.queues()
         owners = {t.queue: route.deployment for route in self.table.routes.values() for t in route.targets}
         self.table = table
+        self.tallies.follow(
+            {
+                (name, target.model, target.version): target.ready
+                for name, route in table.routes.items()
+                for target in route.targets
+            }
+        )
         for name, route in table.routes.items():
             lane = self.lanes.get(name)
             if lane is None:
@@ -181,6 +201,7 @@ class Dispatcher:
                 waitlist = self.waitlists.get(target.queue)
                 if waitlist is None:
                     waitlist = self.waitlists[target.queue] = Waitlist(target.queue)
+                waitlist.tally = self.tallies.of((name, target.model, target.version))
                 waitlist.offer(target.ready_replicas, target.description.max_batch_size)
         for name in self.lanes.keys() - table.routes.keys():
             if self.lanes[name].in_flight == 0:
@@ -198,6 +219,8 @@ class Dispatcher:
                 for target in route.targets:
                     if not target.ready and self._sender.unanswered(target.queue):
                         self._sender.fail(target.queue, not_ready(route))
+        if any(one.waiting and not one.tally.ready for one in self.waitlists.values()):
+            self.wanting.set()
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 
@@ -237,12 +260,14 @@ class Dispatcher:
 
     def _move(self, tickets: list[Ticket], queue: str, successor: str) -> None:
         """Count requests where they are sent now."""
-        old, new = self.waitlists[queue].backlogs, self.waitlists[successor].backlogs
+        old, new = self.waitlists[queue].backlogs, self.waitlists[successor]
         for ticket in tickets:
             ticket.backlog.leave()
-            ticket.backlog = new[old.index(ticket.backlog)]
+            ticket.backlog = new.backlogs[old.index(ticket.backlog)]
             ticket.backlog.join()
             ticket.reckoned = 0.0
+            ticket.tally = new.tally
+            new.tally.arrived += 1
 
     def resolve(self, name: str, selector: str) -> tuple[Lane, Target]:
         """Return where a request goes.
@@ -260,9 +285,12 @@ class Dispatcher:
             name, selector = split_name(name, selector)
         route = self.table.find(name)
         target = route.select(selector, self._draw())
-        if not target.ready and not route.may_wait:
-            self.lanes[name].refuse(lanes.NOT_READY)
-            raise not_ready(route)
+        if not target.ready:
+            if not route.may_wait:
+                self.lanes[name].refuse(lanes.NOT_READY)
+                self.waitlists[target.queue].tally.arrived += 1
+                raise not_ready(route)
+            self.wanting.set()
         return self.lanes[name], target
 
     def begin(
@@ -298,12 +326,18 @@ class Dispatcher:
             Unavailable: Nothing would answer, or the gateway is shutting down.
         """
         lane, target = self.resolve(name, selector)
-        backlog = self.waitlists[target.queue].backlogs[priority]
+        waitlist = self.waitlists[target.queue]
+        backlog, tally = waitlist.backlogs[priority], waitlist.tally
         look = None
         if lane.shelf is not None:
             look = lane.shelf.look(target, name, format, json_length, payload, priority)
+        if look is None or look.computes:
+            tally.arrived += 1
+        else:
+            tally = NOBODY
         if lane.in_flight >= lane.limits[priority] and (look is None or look.reply is None):
             lane.refuse(lanes.QUEUE_FULL)
+            tally.overloaded += 1
             raise full(lane, backlog)
         if self.draining:
             lane.refuse(lanes.SHUTTING_DOWN)
@@ -321,6 +355,7 @@ class Dispatcher:
             backlog = NOWHERE
         if reckoned < 0.0:
             lane.refuse(lanes.TOO_LATE)
+            tally.overloaded += 1
             raise too_late(lane, backlog, left)
         span = InferenceSpan(name, traceparent) if self._traced else None
         if span is not None:
@@ -332,14 +367,16 @@ class Dispatcher:
             model_name=name,
             traceparent=traceparent,
         )
-        ticket = Ticket(self, lane, header, done, backlog, reckoned)
+        ticket = Ticket(self, lane, header, done, backlog, reckoned, tally)
         try:
             if look is None:
                 self._sender.submit_call(target.queue, header, payload, priority, ticket.end)
             else:
                 look.begin(ticket, target.queue, payload, priority)
-        except BaseException:
+        except BaseException as error:
             backlog.leave()
+            if isinstance(error, ResourceExhausted):
+                tally.err(error, 0.0)
             raise
         ticket.span = span
         if selector or "@" in name:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from penstock.queue.v1.envelope_pb2 import RequestHeader
 from penstock_gateway.domain.admission import NOWHERE, Backlog
 from penstock_gateway.domain.statistics import CacheCounters
+from penstock_gateway.domain.traffic import NOBODY, Tally
 from penstock_gateway.hotpath.canonical import Unusual, with_id, without_id
 from penstock_kit.errors import Code, DeadlineExceeded, PenstockError
 from penstock_kit.queue.messages import Reply
@@ -54,6 +55,7 @@ class Caller(Protocol):
     flight: Leavable | None
     backlog: Backlog
     reckoned: float
+    tally: Tally
 
     def end(self, outcome: Outcome) -> None:
         """Take the outcome, once."""
@@ -160,6 +162,7 @@ class Flight:
         "_backlog",
         "_bare",
         "_cache",
+        "_counted",
         "_deadline",
         "_header",
         "_key",
@@ -211,6 +214,7 @@ class Flight:
         self._send(header)
         self._aboard[ticket] = _Seat(request_id, self._deadline)
         self._backlog = ticket.backlog
+        self._counted = ticket.tally
         ticket.flight = self
         if shared:
             self._shelf.flights[self._key, self._priority] = self
@@ -244,6 +248,8 @@ class Flight:
             if ticket.backlog is not self._backlog:
                 ticket.backlog = self._backlog
                 ticket.backlog.join()
+                ticket.tally = self._counted
+                ticket.tally.arrived += 1
             payload = self._payload
             if seat.request_id != self._payload_id:
                 payload = with_id(payload, seat.request_id)
@@ -357,8 +363,8 @@ class Flight:
         """Let another one aboard be counted for the request in the queue when the one who was goes."""
         if ticket.backlog is self._backlog and self._aboard and not self._landed:
             heir = next(iter(self._aboard))
-            heir.backlog, heir.reckoned = ticket.backlog, ticket.reckoned
-            ticket.backlog = NOWHERE
+            heir.backlog, heir.reckoned, heir.tally = ticket.backlog, ticket.reckoned, ticket.tally
+            ticket.backlog, ticket.tally = NOWHERE, NOBODY
 
     def _deliver(self, outcome: Outcome) -> None:
         """Answer those aboard, some in each turn of the loop."""
