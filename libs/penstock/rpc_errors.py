@@ -11,6 +11,9 @@ from google.rpc import status_pb2
 from penstock.errors import PenstockError, Reason, error_for, from_status
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+# What grpc.aio's client says, as INTERNAL, where a stream ends while it writes to it: it has no status then,
+# or has lost the one that was on its way (grpc/aio/_call.py, `_write`).
+_CUT_WHILE_WRITING = "Internal error from Core"
 
 
 def is_detailed(error: grpc.RpcError) -> bool:
@@ -39,6 +42,9 @@ def from_rpc_error(error: grpc.RpcError, *, target: str = "") -> PenstockError:
                 break
             return from_status(status)
     message = error.details() or ""
+    if message == _CUT_WHILE_WRITING:
+        number = int(grpc.StatusCode.UNAVAILABLE.value[0])
+        message = "the stream ended while the request was being sent"
     if target:
         message = f"{target}: {message}"
     reason = Reason.DEPENDENCY_UNAVAILABLE if number == grpc.StatusCode.UNAVAILABLE.value[0] else None

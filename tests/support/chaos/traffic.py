@@ -262,8 +262,8 @@ class StreamCaller(GrpcCaller):
                 else:
                     take(call, answer.infer_response)
         except grpc.aio.AioRpcError as error:
-            code, detail = error.code().name, error.details() or ""
-            reason = from_rpc_error(error).reason.name
+            known = from_rpc_error(error)
+            code, reason, detail = known.code.name, known.reason.name, error.details() or ""
         for call in answered.values():  # only now: a second answer may come up to the end of the stream
             ended = call.ended
             history.end(call, _code_of_words(call.detail) if call.detail else OK, "", call.detail, ended)
