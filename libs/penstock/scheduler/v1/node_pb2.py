@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from penstock.common.v1 import resources_pb2 as penstock_dot_common_dot_v1_dot_resources__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n penstock/scheduler/v1/node.proto\x12\x15penstock.scheduler.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"penstock/common/v1/resources.proto\"\xca\x04\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .penstock.scheduler.v1.NodeState\x12.\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1d.penstock.scheduler.v1.Device\x12\x12\n\ncpu_millis\x18\x04 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\x37\n\x06labels\x18\x06 \x03(\x0b\x32\'.penstock.scheduler.v1.Node.LabelsEntry\x12\x1c\n\x14\x63pu_millis_allocated\x18\x07 \x01(\x03\x12\x1e\n\x16memory_bytes_allocated\x18\x08 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x32\n\x0elast_seen_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63\x61\x63hed_digests\x18\x0b \x03(\t\x12\x10\n\x08runtimes\x18\x0c \x03(\t\x12\x15\n\ragent_version\x18\r \x01(\t\x12\x10\n\x08\x63ordoned\x18\x0e \x01(\x08\x12\x10\n\x08\x64raining\x18\x0f \x01(\x08\x12,\n\x06taints\x18\x10 \x03(\x0b\x32\x1c.penstock.scheduler.v1.Taint\x12\x12\n\ndisk_bytes\x18\x11 \x01(\x03\x12\x17\n\x0f\x64isk_bytes_free\x18\x12 \x01(\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"#\n\x05Taint\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\x9f\x01\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12/\n\x04kind\x18\x02 \x01(\x0e\x32!.penstock.scheduler.v1.DeviceKind\x12\r\n\x05model\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\x1e\n\x16memory_bytes_allocated\x18\x05 \x01(\x03\x12\x13\n\x0bparent_uuid\x18\x06 \x01(\t\"\xac\x01\n\nAllocation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x30\n\tresources\x18\x04 \x01(\x0b\x32\x1d.penstock.common.v1.Resources\x12\x0f\n\x07\x64\x65vices\x18\x05 \x03(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*R\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_READY\x10\x01\x12\x13\n\x0fNODE_STATE_LOST\x10\x02*S\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_KIND_CPU\x10\x01\x12\x13\n\x0f\x44\x45VICE_KIND_GPU\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n penstock/scheduler/v1/node.proto\x12\x15penstock.scheduler.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"penstock/common/v1/resources.proto\"\x8b\x05\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .penstock.scheduler.v1.NodeState\x12.\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1d.penstock.scheduler.v1.Device\x12\x12\n\ncpu_millis\x18\x04 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\x37\n\x06labels\x18\x06 \x03(\x0b\x32\'.penstock.scheduler.v1.Node.LabelsEntry\x12\x1c\n\x14\x63pu_millis_allocated\x18\x07 \x01(\x03\x12\x1e\n\x16memory_bytes_allocated\x18\x08 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x32\n\x0elast_seen_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63\x61\x63hed_digests\x18\x0b \x03(\t\x12\x10\n\x08runtimes\x18\x0c \x03(\t\x12\x15\n\ragent_version\x18\r \x01(\t\x12\x10\n\x08\x63ordoned\x18\x0e \x01(\x08\x12\x10\n\x08\x64raining\x18\x0f \x01(\x08\x12,\n\x06taints\x18\x10 \x03(\x0b\x32\x1c.penstock.scheduler.v1.Taint\x12\x12\n\ndisk_bytes\x18\x11 \x01(\x03\x12\x17\n\x0f\x64isk_bytes_free\x18\x12 \x01(\x03\x12\x1c\n\x14\x64isk_bytes_allocated\x18\x13 \x01(\x03\x12\x0f\n\x07message\x18\x14 \x01(\t\x12\x10\n\x08instance\x18\x15 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"#\n\x05Taint\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\x9f\x01\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12/\n\x04kind\x18\x02 \x01(\x0e\x32!.penstock.scheduler.v1.DeviceKind\x12\r\n\x05model\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\x1e\n\x16memory_bytes_allocated\x18\x05 \x01(\x03\x12\x13\n\x0bparent_uuid\x18\x06 \x01(\t\"\xac\x01\n\nAllocation\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x30\n\tresources\x18\x04 \x01(\x0b\x32\x1d.penstock.common.v1.Resources\x12\x0f\n\x07\x64\x65vices\x18\x05 \x03(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*R\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_READY\x10\x01\x12\x13\n\x0fNODE_STATE_LOST\x10\x02*S\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_KIND_CPU\x10\x01\x12\x13\n\x0f\x44\x45VICE_KIND_GPU\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,18 +35,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODE_LABELSENTRY']._loaded_options = None
   _globals['_NODE_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_NODESTATE']._serialized_start=1091
-  _globals['_NODESTATE']._serialized_end=1173
-  _globals['_DEVICEKIND']._serialized_start=1175
-  _globals['_DEVICEKIND']._serialized_end=1258
+  _globals['_NODESTATE']._serialized_start=1156
+  _globals['_NODESTATE']._serialized_end=1238
+  _globals['_DEVICEKIND']._serialized_start=1240
+  _globals['_DEVICEKIND']._serialized_end=1323
   _globals['_NODE']._serialized_start=129
-  _globals['_NODE']._serialized_end=715
-  _globals['_NODE_LABELSENTRY']._serialized_start=670
-  _globals['_NODE_LABELSENTRY']._serialized_end=715
-  _globals['_TAINT']._serialized_start=717
-  _globals['_TAINT']._serialized_end=752
-  _globals['_DEVICE']._serialized_start=755
-  _globals['_DEVICE']._serialized_end=914
-  _globals['_ALLOCATION']._serialized_start=917
-  _globals['_ALLOCATION']._serialized_end=1089
+  _globals['_NODE']._serialized_end=780
+  _globals['_NODE_LABELSENTRY']._serialized_start=735
+  _globals['_NODE_LABELSENTRY']._serialized_end=780
+  _globals['_TAINT']._serialized_start=782
+  _globals['_TAINT']._serialized_end=817
+  _globals['_DEVICE']._serialized_start=820
+  _globals['_DEVICE']._serialized_end=979
+  _globals['_ALLOCATION']._serialized_start=982
+  _globals['_ALLOCATION']._serialized_end=1154
 # @@protoc_insertion_point(module_scope)

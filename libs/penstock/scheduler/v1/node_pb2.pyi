@@ -113,6 +113,9 @@ class Node(_message.Message):
     TAINTS_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FREE_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_ALLOCATED_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Output only. nodes/{node}."""
     state: Global___NodeState.ValueType
@@ -137,6 +140,12 @@ class Node(_message.Message):
     """Output only. Bytes of disk that bundles may use."""
     disk_bytes_free: _builtins.int
     """Output only. Bytes of disk still free."""
+    disk_bytes_allocated: _builtins.int
+    """Output only. Bytes of disk already given out; replicas of one bundle share it."""
+    message: _builtins.str
+    """Output only. What its drain waits for, for people, with what to do."""
+    instance: _builtins.str
+    """Output only. Which installation of a worker bears the name; another one gets it when this one is LOST."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
         """Output only. Its processor and GPUs."""
@@ -182,10 +191,13 @@ class Node(_message.Message):
         taints: _abc.Iterable[Global___Taint] | None = ...,
         disk_bytes: _builtins.int = ...,
         disk_bytes_free: _builtins.int = ...,
+        disk_bytes_allocated: _builtins.int = ...,
+        message: _builtins.str = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen_time", b"last_seen_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_version", b"agent_version", "cached_digests", b"cached_digests", "cordoned", b"cordoned", "cpu_millis", b"cpu_millis", "cpu_millis_allocated", b"cpu_millis_allocated", "devices", b"devices", "disk_bytes", b"disk_bytes", "disk_bytes_free", b"disk_bytes_free", "draining", b"draining", "labels", b"labels", "last_seen_time", b"last_seen_time", "memory_bytes", b"memory_bytes", "memory_bytes_allocated", b"memory_bytes_allocated", "name", b"name", "runtimes", b"runtimes", "state", b"state", "taints", b"taints"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "agent_version", b"agent_version", "cached_digests", b"cached_digests", "cordoned", b"cordoned", "cpu_millis", b"cpu_millis", "cpu_millis_allocated", b"cpu_millis_allocated", "devices", b"devices", "disk_bytes", b"disk_bytes", "disk_bytes_allocated", b"disk_bytes_allocated", "disk_bytes_free", b"disk_bytes_free", "draining", b"draining", "instance", b"instance", "labels", b"labels", "last_seen_time", b"last_seen_time", "memory_bytes", b"memory_bytes", "memory_bytes_allocated", b"memory_bytes_allocated", "message", b"message", "name", b"name", "runtimes", b"runtimes", "state", b"state", "taints", b"taints"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
