@@ -12,15 +12,8 @@ from penstock_scheduler.domain.deployment import Deployment, DeploymentState
 from penstock_scheduler.domain.node import Node, NodeState
 from penstock_scheduler.domain.planner import drains, judge
 from penstock_scheduler.domain.planner.ensembles import Obstacles, obstacles
-from penstock_scheduler.domain.planner.feasible import (
-    Need,
-    Placement,
-    Rejection,
-    Usage,
-    check,
-    closest,
-    usage_of,
-)
+from penstock_scheduler.domain.planner.feasible import Need, Rejection, usage_of
+from penstock_scheduler.domain.planner.fleet import Fleet
 from penstock_scheduler.domain.planner.measure import measured
 from penstock_scheduler.domain.planner.rank import select
 from penstock_scheduler.domain.planner.snapshot import Group, Snapshot, groups_of
@@ -72,6 +65,12 @@ class Plan:
 
     def __bool__(self) -> bool:
         return bool(self.nodes or self.replicas or self.deployments or self.removed or self.measured)
+
+    def with_deployments(self, deployments: Iterable[Deployment]) -> Plan:
+        """This plan with deployments that others changed before it was made; its own word counts."""
+        own = {d.name for d in self.deployments}
+        also = tuple(d for d in deployments if d.name not in own and d.name not in self.removed)
+        return replace(self, deployments=self.deployments + also) if also else self
 
     def after(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot as it is once the plan has been carried out."""
@@ -126,8 +125,12 @@ class _Draft:
         self._serving: dict[str, dict[GroupKey, Group]] = {}
         for name, deployment in snapshot.deployments.items():
             if deployment.state is not DeploymentState.DELETING:
-                self._asked[name] = groups_of(deployment.asked, snapshot.versions, policy.defaults)
-                self._serving[name] = groups_of(deployment.serving, snapshot.versions, policy.defaults)
+                self._asked[name] = groups_of(
+                    deployment.sized(deployment.asked), snapshot.versions, policy.defaults
+                )
+                self._serving[name] = groups_of(
+                    deployment.sized(deployment.serving), snapshot.versions, policy.defaults
+                )
         self._of: dict[str, list[str]] = defaultdict(list)
         self._on: dict[str, list[str]] = defaultdict(list)
         for replica in self._replicas.values():
@@ -174,6 +177,8 @@ class _Draft:
         for name, deployment in self._deployments.items():
             if deployment.state is DeploymentState.DELETING or deployment.serving == deployment.asked:
                 continue
+            if deployment.rollout is not None and not deployment.rollout.ended:
+                continue  # its rollout says when
             serving = self._serving[name]
             if all(key in serving or self._answers(name, key) for key in self._asked[name]):
                 self._deployments[name] = replace(deployment, serving=deployment.asked)
@@ -212,23 +217,29 @@ class _Draft:
         waiting = [r for r in self._replicas.values() if r.state is ReplicaState.PENDING]
         if not waiting:
             return
-        usages = {name: usage_of(node, self._replicas_on(name)) for name, node in self._nodes.items()}
+        fleet = Fleet(usage_of(node, self._replicas_on(name)) for name, node in self._nodes.items())
+        fleet.cache(replica.digest for replica in waiting)
         neighbours: dict[str, Counter[str]] = defaultdict(Counter)
         for replica in self._replicas.values():
             if replica.placed and replica.wanted:
                 neighbours[replica.deployment][replica.node] += 1
+        left_over: list[tuple[Replica, Need]] = []
         for replica in sorted(waiting, key=lambda r: (r.create_time, r.id)):
             need = self._need(replica)
-            verdicts = [check(usage, need) for usage in usages.values()]
-            places = [verdict for verdict in verdicts if isinstance(verdict, Placement)]
-            if not places:
-                reason = why_pending(v for v in verdicts if isinstance(v, Rejection))
-                if reason != replica.message:
-                    self._replicas[replica.id] = replace(replica, message=reason)
+            place = select(fleet, need, neighbours[replica.deployment])
+            if place is None:
+                left_over.append((replica, need))
                 continue
-            place = select(places, replica.resources, replica.digest, neighbours[replica.deployment])
-            self._put(replica, place.usage, place.devices)
-            neighbours[replica.deployment][place.usage.node.name] += 1
+            fleet.take(place, need)
+            node = place.usage.node.name
+            self._put(replica, node, place.devices)
+            neighbours[replica.deployment][node] += 1
+        # Once all have their places, so that the next plan finds the same words.
+        needs = dict.fromkeys(need for _, need in left_over)
+        reasons = {need: why_pending(fleet.closest(need)) for need in needs}
+        for replica, need in left_over:
+            if replica.message != reasons[need]:
+                self._replicas[replica.id] = replace(replica, message=reasons[need])
 
     def follow_drains(self) -> None:
         """Says of every node that is being drained what still keeps replicas there."""
@@ -350,11 +361,10 @@ class _Draft:
         runtime = self._snapshot.versions[replica.version].runtime
         return Need(runtime, replica.resources, replica.constraints, replica.digest)
 
-    def _put(self, replica: Replica, usage: Usage, devices: tuple[str, ...]) -> None:
-        usage.take(replica.resources, devices, replica.digest)
-        placed = replace(replica, node=usage.node.name, devices=devices)
+    def _put(self, replica: Replica, node: str, devices: tuple[str, ...]) -> None:
+        placed = replace(replica, node=node, devices=devices)
         self._replicas[replica.id] = placed.advance(ReplicaState.STARTING, self._now)
-        self._on[usage.node.name].append(replica.id)
+        self._on[node].append(replica.id)
 
     def _answers(self, name: str, key: GroupKey) -> bool:
         """Whether a group answers as well as it will for now: one is ready and none is about to be."""
@@ -381,9 +391,8 @@ _EXPENDABLE = {
 """Which replicas go first when there are too many."""
 
 
-def why_pending(rejections: Iterable[Rejection]) -> str:
+def why_pending(nearest: Rejection | None) -> str:
     """Says why a replica waits, for people."""
-    nearest = closest(rejections)
     if nearest is None:
         return "No node is attached; start a worker."
     return f"No node has room for it. The closest, nodes/{nearest.node}, lacks {nearest.lacks}."

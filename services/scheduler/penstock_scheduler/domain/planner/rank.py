@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from penstock_scheduler.domain.planner.feasible import Placement
-from penstock_scheduler.domain.resources import Resources
+import numpy as np
+
+from penstock_scheduler.domain.planner.feasible import Need, Placement
+from penstock_scheduler.domain.planner.fleet import Fleet, Numbers
 
 
-def select(
-    placements: Iterable[Placement], resources: Resources, digest: str, neighbours: Mapping[str, int]
-) -> Placement:
-    """Picks a place; the earlier a criterion stands here, the more it weighs.
+def select(fleet: Fleet, need: Need, neighbours: Mapping[str, int]) -> Placement | None:
+    """Picks a place, None if there is none; the earlier a criterion stands here, the more it weighs.
 
     1. few replicas of the same deployment on the node, so that the loss of a node costs little;
     2. the node has the bundle in its cache, so that it starts sooner;
@@ -21,31 +21,38 @@ def select(
     5. the name, so that the choice is repeatable.
 
     Args:
-        placements: at least one.
-        resources: what the replica needs.
-        digest: tree digest of its bundle.
+        fleet: the nodes, and what is given out.
+        need: what the replica needs.
         neighbours: replicas of the same deployment, by node.
     """
+    while len(rows := fleet.rows(need)):
+        row = _best(fleet, need, neighbours, rows)
+        place = fleet.settle(need, row)
+        if place is not None:
+            return place
+    return None
 
-    def badness(place: Placement) -> tuple[int, int, int, int, str]:
-        usage = place.usage
-        node = usage.node
-        if resources.gpus:
-            free_gpu_memory = sum(gpu.memory_bytes for gpu in node.gpus) - sum(
-                use.memory_bytes for use in usage.gpus.values()
-            )
-            untouched = sum(
-                1 for gpu in node.gpus if not (gpu.id in usage.gpus and usage.gpus[gpu.id].holders)
-            )
-            packing = untouched * 2**50 + free_gpu_memory
-        else:
-            packing = len(node.gpus)
-        return (
-            neighbours.get(node.name, 0),
-            0 if digest in node.cached_digests else 1,
-            packing,
-            usage.memory_bytes - node.memory_bytes,
-            node.name,
-        )
 
-    return min(placements, key=badness)
+def _best(fleet: Fleet, need: Need, neighbours: Mapping[str, int], rows: Numbers) -> int:
+    if neighbours:
+        crowd = np.zeros(len(fleet.usages), np.int64)
+        for node, count in neighbours.items():
+            crowd[fleet.row_of[node]] = count
+        rows = _least(rows, crowd[rows])
+    caching = fleet.caching(need.digest)
+    if caching is not None and caching[rows].any():
+        rows = rows[caching[rows]]
+    if need.resources.gpus:
+        rows = _least(rows, fleet.untouched[rows])
+        rows = _least(rows, fleet.free_gpu_memory[rows])
+    else:
+        rows = _least(rows, fleet.gpu_count[rows])
+    return int(_least(rows, -fleet.free_memory[rows])[0])
+
+
+def _least(rows: Numbers, values: Numbers) -> Numbers:
+    """Those of the rows that have the least value."""
+    if len(rows) == 1:
+        return rows
+    least: Numbers = rows[values == values.min()]
+    return least
