@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import Enum
+from operator import attrgetter
 
 from penstock_scheduler.domain.constraints import Taint
 from penstock_scheduler.domain.replica import Observed
@@ -58,6 +59,7 @@ class Node:
         agent_version: release of the agent.
         state: whether it takes work.
         last_seen_time: when it was last heard of; written down rarely, see the planner.
+        instance: which installation of a worker bears the name; empty if the agent does not say.
         disk_bytes: disk that bundles may use; 0 if the agent does not say, and then nothing is counted.
         disk_bytes_free: disk that was free when the agent attached.
         cordoned: nothing new is placed on it.
@@ -77,6 +79,7 @@ class Node:
     agent_version: str = ""
     state: NodeState = NodeState.READY
     last_seen_time: datetime | None = None
+    instance: str = ""
     disk_bytes: int = 0
     disk_bytes_free: int = 0
     cordoned: bool = False
@@ -94,10 +97,18 @@ class Node:
             message=self.message,
         )
 
+    def looks_like(self, seen: Node) -> bool:
+        """Whether its agent says nothing new of it; when it was heard of does not count."""
+        return _described(self) == _described(seen)
+
     @property
     def gpus(self) -> tuple[Device, ...]:
         """Its GPUs."""
         return tuple(device for device in self.devices if device.kind is DeviceKind.GPU)
+
+
+_NOT_DESCRIBED = ("cordoned", "draining", "taints", "message", "last_seen_time")
+_described = attrgetter(*(each.name for each in fields(Node) if each.name not in _NOT_DESCRIBED))
 
 
 @dataclass(frozen=True, slots=True)

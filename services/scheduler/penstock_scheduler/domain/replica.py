@@ -143,6 +143,8 @@ class Replica:
         if self.state is ReplicaState.DRAINING:
             if seen is None or seen.state is ReplicaState.STOPPED:
                 return self.advance(ReplicaState.STOPPED, now, self.message)
+            if (seen.pid, seen.restarts) == (self.pid, self.restarts):
+                return self
             return replace(self, pid=seen.pid, restarts=seen.restarts)
         if seen is None:
             if self.state is ReplicaState.READY:
@@ -150,6 +152,13 @@ class Replica:
                 return lost.advance(ReplicaState.BACKOFF, now, "Its agent was restarted; it starts again.")
             return self
         to = seen.state
+        if (to, seen.pid, seen.restarts, seen.message) == (
+            self.state,
+            self.pid,
+            self.restarts,
+            self.message,
+        ):
+            return self  # as almost always
         if to in (ReplicaState.STOPPED, ReplicaState.DRAINING, ReplicaState.PENDING):
             to = ReplicaState.BACKOFF
         moved = self

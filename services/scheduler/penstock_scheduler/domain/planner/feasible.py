@@ -30,6 +30,10 @@ class Usage:
     disk_bytes: int = 0
     gpus: dict[str, DeviceUse] = field(default_factory=dict)
     bundles: dict[tuple[str, int], int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = {gpu.id: gpu.memory_bytes for gpu in self.node.gpus}
 
     def take(self, resources: Resources, devices: Iterable[str], digest: str = "") -> None:
         """Gives out a part of the node, to a replica of the bundle `digest`."""
@@ -57,22 +61,22 @@ class Usage:
                 del self.bundles[key]
         if not resources.gpus:
             return
-        sizes = {gpu.id: gpu.memory_bytes for gpu in self.node.gpus}
         for name in devices:
             use = self.gpus.setdefault(name, DeviceUse())
-            use.memory_bytes += sign * resources.gpu_bytes(sizes.get(name, 0))
+            use.memory_bytes += sign * resources.gpu_bytes(self.sizes.get(name, 0))
             use.holders += sign
             use.exclusive = sign > 0 and resources.exclusive
 
     def fits_in_node(self) -> bool:
         """Whether what is given out is within what the node has (it may have come back smaller)."""
-        sizes = {gpu.id: gpu.memory_bytes for gpu in self.node.gpus}
         return (
             self.cpu_millis <= self.node.cpu_millis
             and self.memory_bytes <= self.node.memory_bytes
             and (not self.node.disk_bytes or self.disk_bytes <= self.node.disk_bytes)
             and all(
-                use.memory_bytes <= sizes.get(name, -1) for name, use in self.gpus.items() if use.holders > 0
+                use.memory_bytes <= self.sizes.get(name, -1)
+                for name, use in self.gpus.items()
+                if use.holders > 0
             )
         )
 

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
 from penstock_scheduler.domain.node import Node, NodeState
@@ -151,9 +151,10 @@ class _Draft:
                     self._nodes[name] = replace(known, state=NodeState.LOST, last_seen_time=seen_at)
                     self._evict(name, f"nodes/{name} was not heard of for {lease:g} s.")
             elif report.node is not None:
-                self._nodes[name] = self._refresh(known, replace(report.node, last_seen_time=heard_at))
-                usage = usage_of(self._nodes[name], self._replicas_on(name))
-                if not usage.fits_in_node():
+                node = self._nodes[name] = self._refresh(known, report.node, heard_at)
+                if node is known:
+                    continue  # what it holds fitted when it was placed
+                if not usage_of(node, self._replicas_on(name)).fits_in_node():
                     self._evict(name, f"nodes/{name} has less than it had; its replicas were placed anew.")
 
     def follow_replicas(self) -> None:
@@ -274,12 +275,12 @@ class _Draft:
         """What differs from the snapshot."""
         old = self._snapshot
         return Plan(
-            nodes=tuple(n for n in self._nodes.values() if old.nodes.get(n.name) != n),
-            replicas=tuple(r for r in self._replicas.values() if old.replicas.get(r.id) != r),
+            nodes=tuple(n for n in self._nodes.values() if _differs(old.nodes.get(n.name), n)),
+            replicas=tuple(r for r in self._replicas.values() if _differs(old.replicas.get(r.id), r)),
             deployments=tuple(
                 d
                 for d in self._deployments.values()
-                if old.deployments[d.name] != d and d.name not in self._removed
+                if _differs(old.deployments[d.name], d) and d.name not in self._removed
             ),
             removed=tuple(self._removed),
             measured=measured(old, self._replicas.values()),
@@ -287,19 +288,15 @@ class _Draft:
 
     # -- helpers ----------------------------------------------------------------------------------
 
-    def _refresh(self, known: Node | None, seen: Node) -> Node:
+    def _refresh(self, known: Node | None, seen: Node, heard_at: datetime) -> Node:
         """The node as seen; as stored while only its `last_seen_time` differs, and that is young."""
-        if known is not None:
-            seen = known.described_by(seen)
-        if known is None or known.last_seen_time is None or seen.last_seen_time is None:
-            return seen
-        age = (seen.last_seen_time - known.last_seen_time).total_seconds()
-        if (
-            replace(seen, last_seen_time=known.last_seen_time) == known
-            and age < self._policy.last_seen_seconds
-        ):
-            return known
-        return seen
+        if known is None:
+            return replace(seen, last_seen_time=heard_at)
+        if known.last_seen_time is not None and known.looks_like(seen):
+            age = (heard_at - known.last_seen_time).total_seconds()
+            if age < self._policy.last_seen_seconds:
+                return known
+        return replace(known.described_by(seen), last_seen_time=heard_at)
 
     def _evict(self, node: str, why: str) -> None:
         for replica in self._replicas_on(node):
@@ -380,6 +377,11 @@ class _Draft:
         return [
             r for id_ in self._of[deployment] if (r := self._replicas[id_]).state is not ReplicaState.STOPPED
         ]
+
+
+def _differs(old: object, new: object) -> bool:
+    """Whether it changed; most objects of a plan are the snapshot's own."""
+    return old is not new and old != new
 
 
 _EXPENDABLE = {
