@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +32,7 @@ from penstock.scheduler.v1 import (
     scheduler_service_pb2,
     scheduler_service_pb2_grpc,
 )
-from penstock_kit.errors import NotFound, PenstockError, Reason
+from penstock_kit.errors import NotFound, PenstockError, Reason, Unavailable
 from penstock_kit.queue.keys import queue_name
 from penstock_kit.queue.messages import Request
 from penstock_kit.queue.reader import QueueReader
@@ -41,6 +41,16 @@ from penstock_local.ports import free_port
 
 PATIENCE_SECONDS = 30.0
 DIGEST = "sha256:" + "a" * 64
+TRAFFIC_COUNTS = (
+    "arrived",
+    "succeeded",
+    "failed",
+    "overloaded",
+    "waiting",
+    "waiting_for_replica",
+    "agreed",
+    "disagreed",
+)
 
 Answer = tuple[envelope.ReplyHeader, bytes]
 Behaviour = Callable[[Request], Answer | None]
@@ -130,6 +140,10 @@ class World(
         self.uploading_fails = ""
         self.metadata: dict[str, str] = {}
         self.uploaded = b""
+        # What each gateway reported last, by deployment and version; and whether this scheduler takes it.
+        self.traffic: dict[str, dict[tuple[str, int], routing_service_pb2.TargetTraffic]] = {}
+        self.leads = True
+        self.heard: Callable[[routing_service_pb2.ReportTrafficRequest], None] = lambda _: None
         self._generation = 0
         self._changed: asyncio.Event
         self._loop = asyncio.new_event_loop()
@@ -167,14 +181,19 @@ class World(
         digest: str = DIGEST,
         max_batch_size: int = 8,
         cache: deployment_pb2.ResponseCache | None = None,
+        scales_from_zero: bool = False,
+        mirrored: dict[int, int] | None = None,
+        tolerance: float = 0.0,
+        unready: Collection[int] = (),
     ) -> None:
-        """Route a name; `versions` gives the weight of each."""
+        """Route a name; `versions` gives the weight of each, `mirrored` the percent of copies of some."""
         route = routing_service_pb2.Route(
             deployment=name,
             max_queue_depth=depth,
             message=message,
             state=deployment_pb2.DeploymentState.Name(state),
             cache=cache,
+            scales_from_zero=scales_from_zero,
         )
         for version, weight in (versions or {1: 100}).items():
             target = route.targets.add(
@@ -182,7 +201,9 @@ class World(
                 version=version,
                 weight=weight,
                 queue=queue_name(name, version, digest),
-                ready_replicas=ready,
+                ready_replicas=0 if version in unready else ready,
+                mirror_percent=(mirrored or {}).get(version, 0),
+                mirror_tolerance=tolerance,
                 digest=digest,
                 aliases=(aliases or {}).get(version, []),
             )
@@ -246,6 +267,22 @@ class World(
                 generation=self._generation + 1, routes=list(self.routes.values())
             )
             await changed.wait()
+
+    async def ReportTraffic(self, request: Any, context: Any) -> routing_service_pb2.ReportTrafficResponse:
+        if not self.leads:
+            raise Unavailable("Another scheduler leads; report there.")
+        self.traffic[request.gateway] = {(one.deployment, one.version): one for one in request.targets}
+        self.heard(request)
+        return routing_service_pb2.ReportTrafficResponse()
+
+    def counted(self, name: str, version: int = 1) -> routing_service_pb2.TargetTraffic:
+        """Return what all gateways together have told of one version."""
+        told = routing_service_pb2.TargetTraffic()
+        for targets in list(self.traffic.values()):
+            one = targets.get((name, version), routing_service_pb2.TargetTraffic())
+            for field in TRAFFIC_COUNTS:
+                setattr(told, field, getattr(told, field) + getattr(one, field))
+        return told
 
     # SchedulerService
 

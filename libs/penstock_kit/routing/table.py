@@ -25,6 +25,8 @@ class Target:
         description: What it takes and gives.
         aliases: Names that point at the version now.
         digest: Tree digest of the version.
+        mirror_percent: Percent of the route's requests of which it gets a copy, besides what it answers.
+        mirror_tolerance: How far numbers of its copies' answers may differ, relative to the larger.
     """
 
     model: str
@@ -35,6 +37,8 @@ class Target:
     description: Description
     aliases: frozenset[str] = frozenset()
     digest: str = ""
+    mirror_percent: int = 0
+    mirror_tolerance: float = 0.0
 
     @property
     def ready(self) -> bool:
@@ -68,8 +72,8 @@ class Route:
         targets: Versions that can be reached.
         max_queue_depth: Unanswered requests at one gateway at most.
         message: Why nothing would answer, if so.
-        may_wait: Whether it has answered before and its replicas come back by themselves, so that a
-            request may wait for them within its deadline.
+        may_wait: Whether its replicas come back by themselves, or are brought back by a request (from
+            zero), so that a request may wait for them within its deadline.
         cache: How equal requests are answered; None where each is computed.
         failed: Whether nothing answers although it was tried again and again: who waits is told.
     """

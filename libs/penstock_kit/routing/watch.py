@@ -96,6 +96,8 @@ class RouteWatcher:
             may_wait = any(t.queue in self._answered for t in targets)
         else:
             may_wait = route.state in _ANSWERING
+        if route.scales_from_zero and route.state != deployment_pb2.DEPLOYMENT_STATE_FAILED:
+            may_wait = True  # the request itself is what brings a replica
         return Route(
             deployment=route.deployment,
             targets=targets,
@@ -125,6 +127,8 @@ def to_target(target: routing_service_pb2.RouteTarget) -> Target:
         ready_replicas=target.ready_replicas,
         aliases=frozenset(target.aliases),
         digest=target.digest,
+        mirror_percent=min(max(target.mirror_percent, 0), 100),
+        mirror_tolerance=max(target.mirror_tolerance, 0.0),
         description=Description(
             runtime=manifest.runtime,
             format=manifest.format,

@@ -106,19 +106,28 @@ def test_errors_are_counted_by_whose_doing_they_are(
 ) -> None:
     tally = Tally("m", "models/m", 1)
     tally.ready = True
-    tally.err(error, 0.01)
+    tally.err(error, 0.01, 1.0)
     assert (tally.failed, tally.overloaded, tally.succeeded) == (failed, overloaded, 0)
     assert sum(tally.latencies) == failed
 
 
 def test_who_is_late_with_a_queue_or_no_replica_ahead_is_no_failure_of_the_version() -> None:
     tally = Tally("m", "models/m", 1)
-    tally.err(DeadlineExceeded(), 0.25)
+    tally.err(DeadlineExceeded(), 0.25, 0.0)
     tally.ready = True
-    tally.err(DeadlineExceeded(), 0.25, reckoned=0.2)
+    tally.err(DeadlineExceeded(), 0.25, 0.0, reckoned=0.2)
     assert (tally.failed, tally.overloaded) == (0, 2)
-    tally.err(DeadlineExceeded(), 0.25)
+    tally.err(DeadlineExceeded(), 0.25, 0.0)
     assert tally.failed == 1, "a model that hangs"
+
+
+def test_who_leaves_when_the_time_is_over_was_late_and_who_leaves_before_says_nothing() -> None:
+    tally = Tally("m", "models/m", 1)
+    tally.ready = True
+    tally.err(asyncio.CancelledError(), took=0.5, left=0.5)
+    assert tally.failed == 0
+    tally.err(asyncio.CancelledError(), took=0.998, left=0.002)
+    assert tally.failed == 1
 
 
 def test_a_version_that_comes_back_counts_on_and_the_longest_gone_are_forgotten() -> None:
@@ -275,5 +284,5 @@ def test_every_error_of_the_tree_has_its_place() -> None:
         tally = Tally()
         error = PenstockError("x")
         error.code = code
-        tally.err(error, 0.0)
+        tally.err(error, 0.0, 1.0)
         assert tally.failed + tally.overloaded <= 1

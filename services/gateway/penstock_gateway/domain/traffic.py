@@ -16,13 +16,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from penstock_kit.errors import Code, PenstockError, Reason
+from penstock_kit.errors import Code, DeadlineExceeded, PenstockError, Reason
 
 # Bucket i of the latencies has those from 2^(i/4) to 2^((i+1)/4) times 100 µs; routing_service.proto says so.
 LATENCY_BUCKETS = 64
 LATENCY_BOUNDS = tuple(1e-4 * 2 ** (i / 4) for i in range(1, LATENCY_BUCKETS))
 
 _BLAMED = frozenset({Code.UNKNOWN, Code.FAILED_PRECONDITION, Code.UNAVAILABLE, Code.INTERNAL, Code.DATA_LOSS})
+# Who cancels with less left than this part of what it has waited was late.
+_LATE_PART = 0.1
+_LATE = DeadlineExceeded()
 # Said by a gateway or a replica that ends, or of a deployment that has nobody to ask: nobody computed.
 _NOBODY_COMPUTED = frozenset({Reason.NOT_READY, Reason.SHUTTING_DOWN})
 
@@ -82,16 +85,20 @@ class Tally:
         self.seconds += took
         self.latencies[bisect_right(LATENCY_BOUNDS, took)] += 1
 
-    def err(self, error: BaseException, took: float, reckoned: float = 0.0) -> None:
+    def err(self, error: BaseException, took: float, left: float, reckoned: float = 0.0) -> None:
         """Count an error, if it says anything about the version.
 
         Args:
             error: What the caller is told.
             took: Seconds from the request's coming.
+            left: Seconds to its deadline.
             reckoned: Seconds that those ahead of it were expected to take when it came.
         """
         if not isinstance(error, PenstockError):
-            return  # cancelled
+            # Cancelled. gRPC's clients cancel when their time is over, a moment before it is over here.
+            if left > took * _LATE_PART:
+                return
+            error = _LATE
         code = error.code
         if code is Code.DEADLINE_EXCEEDED:
             if reckoned or not self.ready:
@@ -115,7 +122,7 @@ class _Nobody(Tally):
     def succeed(self, took: float) -> None:
         """Nothing was computed."""
 
-    def err(self, error: BaseException, took: float, reckoned: float = 0.0) -> None:
+    def err(self, error: BaseException, took: float, left: float, reckoned: float = 0.0) -> None:
         """The one that was computed counts."""
 
 

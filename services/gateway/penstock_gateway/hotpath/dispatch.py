@@ -112,7 +112,8 @@ class Ticket:
             else:
                 self.backlog.leave()
         if isinstance(outcome, BaseException):
-            self.tally.err(outcome, took, self.reckoned)
+            left = self.header.deadline_unix_micros / 1e6 - time.time()
+            self.tally.err(outcome, took, left, self.reckoned)
         else:
             self.tally.succeed(took)
         self._dispatcher.forget(self, code, took)
@@ -376,7 +377,7 @@ class Dispatcher:
         except BaseException as error:
             backlog.leave()
             if isinstance(error, ResourceExhausted):
-                tally.err(error, 0.0)
+                tally.err(error, 0.0, left)
             raise
         ticket.span = span
         if selector or "@" in name:
