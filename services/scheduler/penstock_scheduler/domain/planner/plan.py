@@ -125,12 +125,11 @@ class _Draft:
         self._serving: dict[str, dict[GroupKey, Group]] = {}
         for name, deployment in snapshot.deployments.items():
             if deployment.state is not DeploymentState.DELETING:
-                self._asked[name] = groups_of(
-                    deployment.sized(deployment.asked), snapshot.versions, policy.defaults
-                )
-                self._serving[name] = groups_of(
-                    deployment.sized(deployment.serving), snapshot.versions, policy.defaults
-                )
+                asked, serving = deployment.sized(deployment.asked), deployment.sized(deployment.serving)
+                groups = groups_of(asked, snapshot.versions, policy.defaults)
+                self._asked[name] = self._serving[name] = groups
+                if serving != asked:
+                    self._serving[name] = groups_of(serving, snapshot.versions, policy.defaults)
         self._of: dict[str, list[str]] = defaultdict(list)
         self._on: dict[str, list[str]] = defaultdict(list)
         for replica in self._replicas.values():
@@ -163,8 +162,12 @@ class _Draft:
             node = self._nodes.get(name)
             if report.node is None or node is None or node.state is not NodeState.READY:
                 continue
-            for replica in self._replicas_on(name):
-                self._replicas[replica.id] = replica.observe(report.replicas.get(replica.id), self._now)
+            for id_ in self._on[name]:
+                replica = self._replicas[id_]
+                if replica.placed:
+                    seen = replica.observe(report.replicas.get(id_), self._now)
+                    if seen is not replica:
+                        self._replicas[id_] = seen
 
     def survey(self) -> None:
         """Looks which ensembles would not answer, because a step of theirs would not."""
@@ -260,6 +263,9 @@ class _Draft:
 
     def judge(self) -> None:
         """Says where every deployment stands, and why."""
+        obstacles: dict[str, dict[VersionKey, str]] = defaultdict(dict)
+        for (owner, key), why in self._obstacles.items():
+            obstacles[owner][key] = why
         for name, deployment in self._deployments.items():
             if deployment.state is not DeploymentState.DELETING:
                 standing = judge.Standing(
@@ -267,7 +273,7 @@ class _Draft:
                     tuple(self._replicas_of(name)),
                     frozenset(self._asked[name]),
                     frozenset(self._serving[name]),
-                    {key: why for (owner, key), why in self._obstacles.items() if owner == name},
+                    obstacles.get(name, {}),
                 )
                 self._deployments[name] = judge.judge(standing, self._now, self._policy.failing_seconds)
 
