@@ -184,6 +184,7 @@ class Gateway:
         """End in reverse."""
         await self._server.stop(0)
         await self._tasks.stop()
+        self._dispatcher.mirror.stop()
         await self._registry.close()
         await self._scheduler.close()
         await self._statistics.stop()

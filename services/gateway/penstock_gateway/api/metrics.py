@@ -64,6 +64,7 @@ class GatewayCollector(Collector):
         yield from (answers, waiting, seconds, ready, refused)
         yield from self._queues()
         yield from self._cache()
+        yield self._mirrored()
         generation = GaugeMetricFamily("penstock_gateway_route_generation", "Of the routing table.")
         generation.add_metric([], self._dispatcher.table.generation)
         yield generation
@@ -122,6 +123,21 @@ class GatewayCollector(Collector):
             size.add_metric([name], shelf.bytes)
             entries.add_metric([name], len(shelf))
         yield from (requests, evictions, size, entries)
+
+    def _mirrored(self) -> Metric:
+        mirrored = CounterMetricFamily(
+            "penstock_gateway_mirrored",
+            "Copies of inferences for a version in the shadow: agreed, disagreed, or not compared: busy (as "
+            "many under way as may be), too_large, not_ready, lost (late, or taken off).",
+            labels=["deployment", "version", "result"],
+        )
+        for name, shadows in self._dispatcher.mirror.shadows.items():
+            for shadow in shadows:
+                tally, version = shadow.tally, str(shadow.target.version)
+                results = {"agreed": tally.agreed, "disagreed": tally.disagreed, **shadow.dropped}
+                for result, count in results.items():
+                    mirrored.add_metric([name, version, result], count)
+        return mirrored
 
 
 class Metrics:

@@ -16,6 +16,8 @@ from penstock_gateway.hotpath import lanes
 from penstock_gateway.hotpath.cache import DEFAULT_LIMIT_BYTES, ResponseCache
 from penstock_gateway.hotpath.flights import Leavable
 from penstock_gateway.hotpath.lanes import Lane
+from penstock_gateway.hotpath.mirror import Mirror
+from penstock_gateway.hotpath.replies import error_of
 from penstock_gateway.hotpath.spans import InferenceSpan
 from penstock_kit.errors import (
     Code,
@@ -24,7 +26,6 @@ from penstock_kit.errors import (
     Reason,
     ResourceExhausted,
     Unavailable,
-    error_for,
 )
 from penstock_kit.queue.keys import PRIORITY_NORMAL
 from penstock_kit.queue.messages import Reply
@@ -136,6 +137,7 @@ class Dispatcher:
         waitlists: What waits, by queue.
         tallies: What came of the requests for each version, for the scheduler.
         cache: Answers of deployments that have a policy for equal requests.
+        mirror: Versions that get copies of requests.
         draining: Whether new inferences are refused because the process ends.
         changed: Set when the next routing table comes, and replaced then.
         wanting: Set when a request begins to wait for a replica where there is none.
@@ -162,6 +164,7 @@ class Dispatcher:
         self.tallies = Tallies()
         self.wanting = asyncio.Event()
         self.cache = ResponseCache(sender, cache_bytes)
+        self.mirror = Mirror(sender)
         self.draining = False
 
     @property
@@ -210,8 +213,10 @@ class Dispatcher:
             else:
                 self.lanes[name].only = None  # kept for those on their way; nothing new may follow them
         self.cache.follow(table)
+        self.mirror.follow(table, self.tallies)
         for name, lane in self.lanes.items():
             lane.shelf = self.cache.shelves.get(name)
+            lane.shadows = self.mirror.shadows.get(name, ())
         for queue in gone:
             self._resettle(queue, owners[queue])
             del self.waitlists[queue]
@@ -358,6 +363,10 @@ class Dispatcher:
             lane.refuse(lanes.TOO_LATE)
             tally.overloaded += 1
             raise too_late(lane, backlog, left)
+        if lane.shadows and tally is not NOBODY:
+            done = self.mirror.watch(
+                lane.shadows, target, name, payload, format, json_length, deadline - time.time(), done
+            )
         span = InferenceSpan(name, traceparent) if self._traced else None
         if span is not None:
             traceparent = span.traceparent
@@ -462,13 +471,3 @@ def too_late(lane: Lane, backlog: Backlog, left: float) -> ResourceExhausted:
         metadata={"deployment": lane.route.deployment, "expected_wait_ms": str(round(wait * 1000))},
         retry_after_seconds=max(wait, _MIN_RETRY_SECONDS),
     )
-
-
-def error_of(reply: Reply) -> PenstockError:
-    """Return the error that a reply carries."""
-    header = reply.header
-    try:
-        reason = Reason(header.reason)
-    except ValueError:
-        reason = Reason.UNSPECIFIED  # a newer replica's word
-    return error_for(header.code, header.message, reason=reason, metadata=dict(header.metadata))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from penstock_gateway.hotpath.cache import Shelf
+from penstock_gateway.hotpath.mirror import Shadow
 from penstock_kit.routing.table import Route, Target
 
 # Of the places of a deployment, those kept for high priority, and for high and normal.
@@ -43,12 +44,24 @@ class Lane:
         in_flight: Unanswered requests now.
         refused: Requests that were not queued, by reason.
         shelf: Answers for equal requests; None where each is computed.
+        shadows: Versions that get copies of some requests.
         codes: Answers by canonical code.
         buckets: Answers by duration; one more than `BUCKETS`.
         seconds: Sum of the durations.
     """
 
-    __slots__ = ("buckets", "codes", "in_flight", "limits", "only", "refused", "route", "seconds", "shelf")
+    __slots__ = (
+        "buckets",
+        "codes",
+        "in_flight",
+        "limits",
+        "only",
+        "refused",
+        "route",
+        "seconds",
+        "shadows",
+        "shelf",
+    )
 
     def __init__(self, route: Route) -> None:
         self.in_flight = 0
@@ -59,6 +72,7 @@ class Lane:
         self.route = route
         self.only: Target | None = None
         self.shelf: Shelf | None = None
+        self.shadows: tuple[Shadow, ...] = ()
         self.limits = (0, 0, 0)
         self.update(route)
 
