@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-unit test-clients test-chaos test-soak test-performance bench bench-quick check format protos sync clean
+.PHONY: help demo up test test-unit test-clients test-chaos test-soak test-performance bench bench-quick bench-scheduler check format protos sync clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -46,6 +46,9 @@ bench: $(STAMP) ## Speed beside floors and peers: BENCH="--peers ours,triton --s
 
 bench-quick: $(STAMP) ## The same in two minutes: ours, Triton, Mosec and a floor
 	PYTHONPATH=tests $(BIN)/python -m performance --quick $(BENCH)
+
+bench-scheduler: $(STAMP) ## The planner on 10,000 simulated nodes, and 1,000 small clusters with faults
+	PYTHONPATH=tests $(BIN)/python -m performance.simulation $(BENCH)
 
 # Of low severity ruff's S rules see more than bandit, each exception with its reason beside it.
 check: $(STAMP) ## Format, lint, types, arrows, protos, blocking client, security
