@@ -330,7 +330,7 @@ class SqlCluster:
                 DeploymentRow.revision == deployment.revision,
                 DeploymentRow.state != DeploymentState.DELETING.name,
             )
-            .values({key: values[key] for key in ("serving", "state", "message", "update_time")})
+            .values({key: values[key] for key in ("serving", "scale", "state", "message", "update_time")})
             .returning(DeploymentRow.uid)
         )
         if done.first() is None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from penstock_scheduler.adapters.rows import DeploymentRow, DeviceRow, NodeRow, ReplicaRow, RevisionRow
+from penstock_scheduler.domain.autoscaling.settings import Autoscaling, Scale
 from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints, Taint, Toleration
 from penstock_scheduler.domain.deployment import (
     NO_CACHE,
@@ -60,6 +61,8 @@ def deployment_values(deployment: Deployment) -> Values:
         "labels": dict(deployment.labels),
         "max_queue_depth": deployment.max_queue_depth,
         "cache": None if deployment.cache == NO_CACHE else asdict(deployment.cache),
+        "autoscaling": None if deployment.autoscaling is None else asdict(deployment.autoscaling),
+        "scale": None if deployment.scale is None else _scale_to_json(deployment.scale),
         "state": deployment.state.name,
         "message": deployment.message,
         "revision": deployment.revision,
@@ -78,6 +81,8 @@ def deployment_from_row(row: DeploymentRow) -> Deployment:
         labels=tuple(sorted(row.labels.items())),
         max_queue_depth=row.max_queue_depth,
         cache=NO_CACHE if row.cache is None else ResponseCache(**row.cache),
+        autoscaling=None if row.autoscaling is None else Autoscaling(**row.autoscaling),
+        scale=None if row.scale is None else _scale_from_json(row.scale),
         state=DeploymentState[row.state],
         message=row.message,
         revision=row.revision,
@@ -86,6 +91,15 @@ def deployment_from_row(row: DeploymentRow) -> Deployment:
         update_time=row.update_time,
         uid=row.uid,
     )
+
+
+def _scale_to_json(scale: Scale) -> Values:
+    return {"desired": scale.desired, "capacities": [[*key, rate] for key, rate in scale.capacities]}
+
+
+def _scale_from_json(value: Values) -> Scale:
+    known = ((VersionKey(model, number), rate) for model, number, rate in value["capacities"])
+    return Scale(value["desired"], tuple(known))
 
 
 def revision_from_row(row: RevisionRow, deployment: str) -> Revision:

@@ -65,6 +65,8 @@ class DeploymentRow(Base):
     labels: Mapped[Json]
     max_queue_depth: Mapped[Int]
     cache: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
+    autoscaling: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
+    scale: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     state: Mapped[Str]
     message: Mapped[Str]
     revision: Mapped[Int]

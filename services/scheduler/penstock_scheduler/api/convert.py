@@ -15,6 +15,7 @@ from penstock.scheduler.v1 import deployment_pb2, node_pb2, node_service_pb2, re
 from penstock_kit import names
 from penstock_kit.errors import InvalidArgument
 from penstock_kit.queue.keys import queue_name
+from penstock_scheduler.domain.autoscaling.settings import Autoscaling
 from penstock_scheduler.domain.deployment import (
     DEFAULT_QUEUE_DEPTH,
     NO_CACHE,
@@ -88,14 +89,35 @@ def asked_from_message(message: deployment_pb2.Deployment) -> Asked:
         labels=check_labels(dict(message.labels)),
         max_queue_depth=check_queue_depth(message.max_queue_depth, DEFAULT_QUEUE_DEPTH),
         cache=_cache_asked(message.cache),
+        autoscaling=_autoscaling_asked(message.autoscaling) if message.HasField("autoscaling") else None,
     )
 
 
 def _cache_asked(message: deployment_pb2.ResponseCache) -> ResponseCache:
-    ttl = message.ttl
     return check_cache(
-        ResponseCache(message.enabled, ttl.seconds + ttl.nanos / 1e9, message.max_bytes, message.coalesce)
+        ResponseCache(message.enabled, _seconds(message.ttl), message.max_bytes, message.coalesce)
     )
+
+
+def _autoscaling_asked(message: deployment_pb2.Autoscaling) -> Autoscaling:
+    """As it was said: an update may say only a part of it."""
+    return Autoscaling(
+        min_replicas=message.min_replicas,
+        max_replicas=message.max_replicas,
+        queue_wait_seconds=_seconds(message.queue_wait_objective),
+        idle_seconds=_seconds(message.idle),
+        cool_down_seconds=_seconds(message.cool_down),
+    )
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
 
 
 def _target_asked(message: deployment_pb2.Target) -> TargetAsked:
@@ -161,6 +183,8 @@ def deployment_to_message(view: DeploymentView) -> deployment_pb2.Deployment:
         etag=deployment.etag,
         max_queue_depth=deployment.max_queue_depth,
         cache=_cache(deployment.cache),
+        autoscaling=_autoscaling(deployment.autoscaling),
+        desired_replicas=deployment.desired_replicas,
     )
 
 
@@ -333,6 +357,7 @@ def routes_to_message(generation: int, routes: Iterable[Route]) -> routing_servi
                 message=route.message,
                 state=_deployment_state(route.state),
                 cache=_cache(route.cache),
+                scales_from_zero=route.scales_from_zero,
             )
             for route in routes
         ],
@@ -404,10 +429,23 @@ def _cache(cache: ResponseCache) -> deployment_pb2.ResponseCache | None:
     """None where nothing was ever set, so that it is left out for callers too."""
     if cache == NO_CACHE:
         return None
-    ttl = Duration()
-    ttl.FromNanoseconds(round(cache.ttl_seconds * 1e9))
     return deployment_pb2.ResponseCache(
-        enabled=cache.enabled, ttl=ttl, max_bytes=cache.max_bytes, coalesce=cache.coalesce
+        enabled=cache.enabled,
+        ttl=_duration(cache.ttl_seconds),
+        max_bytes=cache.max_bytes,
+        coalesce=cache.coalesce,
+    )
+
+
+def _autoscaling(autoscaling: Autoscaling | None) -> deployment_pb2.Autoscaling | None:
+    if autoscaling is None:
+        return None
+    return deployment_pb2.Autoscaling(
+        min_replicas=autoscaling.min_replicas,
+        max_replicas=autoscaling.max_replicas,
+        queue_wait_objective=_duration(autoscaling.queue_wait_seconds),
+        idle=_duration(autoscaling.idle_seconds),
+        cool_down=_duration(autoscaling.cool_down_seconds),
     )
 
 

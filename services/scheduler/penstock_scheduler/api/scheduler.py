@@ -26,8 +26,21 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_REQUEST_ID = 128
 _DIGITS_OF_INT32 = 10
-_CHANGEABLE = ("targets", "replicas", "resources", "batching", "labels", "max_queue_depth", "cache")
-_CHANGEABLE_PARTS = tuple(f"cache.{part.name}" for part in deployment_pb2.ResponseCache.DESCRIPTOR.fields)
+_CHANGEABLE = (
+    "targets",
+    "replicas",
+    "resources",
+    "batching",
+    "labels",
+    "max_queue_depth",
+    "cache",
+    "autoscaling",
+)
+_CHANGEABLE_PARTS = tuple(
+    f"{whole}.{part.name}"
+    for whole, kind in (("cache", deployment_pb2.ResponseCache), ("autoscaling", deployment_pb2.Autoscaling))
+    for part in kind.DESCRIPTOR.fields
+)
 
 
 class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 
+from penstock_scheduler.domain.autoscaling.settings import Autoscaling, Scale
 from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.machine import step, walk
 from penstock_scheduler.domain.resources import MIB, NO_RESOURCES, Batching, Resources
@@ -127,6 +128,8 @@ class Deployment:
         labels: free key-value pairs, sorted.
         max_queue_depth: unanswered requests at one gateway at most.
         cache: how gateways treat equal requests.
+        autoscaling: lets the number of replicas follow the load; None keeps it at `asked.replicas`.
+        scale: what autoscaling has decided; None before it has.
         state: where it stands.
         message: why, for people.
         revision: counts the changes of what is asked for, from 1.
@@ -144,6 +147,8 @@ class Deployment:
     labels: tuple[tuple[str, str], ...] = ()
     max_queue_depth: int = DEFAULT_QUEUE_DEPTH
     cache: ResponseCache = NO_CACHE
+    autoscaling: Autoscaling | None = None
+    scale: Scale | None = None
     state: DeploymentState = DeploymentState.PENDING
     message: str = ""
     revision: int = 1
@@ -154,6 +159,33 @@ class Deployment:
     def etag(self) -> str:
         """Changes with what is asked for, not with how far it has come."""
         return f"{self.uid}-{self.revision}"
+
+    @property
+    def desired_replicas(self) -> int:
+        """Replicas of each target that it is to have now."""
+        if self.autoscaling is None:
+            return self.asked.replicas
+        # Of the first replica it is learnt whether a version loads at all.
+        wanted = max(1, self.asked.replicas) if self.scale is None else self.scale.desired
+        return self.autoscaling.clamp(wanted)
+
+    @property
+    def scales_from_zero(self) -> bool:
+        """Whether a request brings a replica back where there is none."""
+        return (
+            self.autoscaling is not None
+            and self.autoscaling.min_replicas == 0
+            and self.serving is not None
+            and self.state is not DeploymentState.DELETING
+        )
+
+    def sized(self, spec: Spec | None) -> Spec | None:
+        """What it asks for, or serves, with as many replicas as it is to have now."""
+        if spec is None or self.autoscaling is None:
+            return spec
+        # New targets cannot take over before they have answered.
+        least = 0 if spec == self.serving else 1
+        return replace(spec, replicas=max(least, self.desired_replicas))
 
     def advance(self, to: DeploymentState, now: datetime, message: str = "") -> Deployment:
         """Takes one step of the table at the top of this module.

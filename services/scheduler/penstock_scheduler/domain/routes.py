@@ -37,6 +37,7 @@ class Route:
     state: DeploymentState
     message: str = ""
     cache: ResponseCache = NO_CACHE
+    scales_from_zero: bool = False
 
 
 def routes_of(snapshot: Snapshot) -> tuple[Route, ...]:
@@ -93,7 +94,15 @@ def _route(
     cache = deployment.cache
     if any(target.version.steps for target in targets):
         cache = replace(cache, enabled=False)
-    return Route(deployment.name, targets, deployment.max_queue_depth, deployment.state, message, cache)
+    return Route(
+        deployment.name,
+        targets,
+        deployment.max_queue_depth,
+        deployment.state,
+        message,
+        cache,
+        scales_from_zero=deployment.scales_from_zero,
+    )
 
 
 def _aliases_of(key: VersionKey, aliases: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:

@@ -7,6 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from penstock_kit.errors import FailedPrecondition, InvalidArgument, Reason
+from penstock_scheduler.domain.autoscaling.settings import (
+    DEFAULT_COOL_DOWN_SECONDS,
+    DEFAULT_IDLE_SECONDS,
+    DEFAULT_QUEUE_WAIT_SECONDS,
+    Autoscaling,
+)
 from penstock_scheduler.domain.deployment import (
     DEFAULT_CACHE_BYTES,
     DEFAULT_CACHE_SECONDS,
@@ -23,6 +29,7 @@ MAX_BATCH_SIZE = 65536
 MAX_DELAY_MICROSECONDS = 10_000_000
 MAX_OBJECTIVE_MICROSECONDS = 3_600_000_000
 MAX_LABELS = 64
+MAX_AUTOSCALING_SECONDS = 30 * 24 * 3600.0
 MAX_LABEL_LENGTH = 256
 MAX_QUEUE_DEPTH = 1_000_000
 LARGEST_AMOUNT = 2**53
@@ -130,6 +137,47 @@ def check_cache(cache: ResponseCache) -> ResponseCache:
     if size:
         _between("cache.max_bytes", size, MIN_CACHE_BYTES, MAX_CACHE_BYTES)
     return replace(cache, ttl_seconds=seconds or DEFAULT_CACHE_SECONDS, max_bytes=size or DEFAULT_CACHE_BYTES)
+
+
+def check_autoscaling(asked: Autoscaling) -> Autoscaling:
+    """Returns the autoscaling, with the defaults for 0.
+
+    Raises:
+        InvalidArgument: no most is given, the least is more than the most, or a time is negative or absurd.
+    """
+    if asked.max_replicas == 0:
+        raise InvalidArgument(
+            f"autoscaling.max_replicas is 0; say how many replicas there may be, 1 to {MAX_REPLICAS}.",
+            metadata={"field": "autoscaling.max_replicas"},
+        )
+    _between("autoscaling.max_replicas", asked.max_replicas, 1, MAX_REPLICAS)
+    _between("autoscaling.min_replicas", asked.min_replicas, 0, MAX_REPLICAS)
+    if asked.min_replicas > asked.max_replicas:
+        raise InvalidArgument(
+            f"autoscaling.min_replicas is {asked.min_replicas}, more than its max_replicas, "
+            f"{asked.max_replicas}.",
+            metadata={"field": "autoscaling.min_replicas"},
+        )
+    return replace(
+        asked,
+        queue_wait_seconds=_seconds(
+            "autoscaling.queue_wait_objective", asked.queue_wait_seconds, 0.001, DEFAULT_QUEUE_WAIT_SECONDS
+        ),
+        idle_seconds=_seconds("autoscaling.idle", asked.idle_seconds, 1.0, DEFAULT_IDLE_SECONDS),
+        cool_down_seconds=_seconds(
+            "autoscaling.cool_down", asked.cool_down_seconds, 1.0, DEFAULT_COOL_DOWN_SECONDS
+        ),
+    )
+
+
+def _seconds(field: str, value: float, least: float, default: float) -> float:
+    if value and not least <= value <= MAX_AUTOSCALING_SECONDS:
+        raise InvalidArgument(
+            f"{field} is {value:g} s; use {least:g} to {MAX_AUTOSCALING_SECONDS:.0f} s (30 days), "
+            f"or 0 for {default:g} s.",
+            metadata={"field": field},
+        )
+    return value or default
 
 
 def check_resources(resources: Resources) -> Resources:

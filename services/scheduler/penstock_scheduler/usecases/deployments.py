@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from penstock_kit.errors import Aborted, FailedPrecondition, NotFound, Reason
+from penstock_scheduler.domain.autoscaling.settings import Autoscaling
 from penstock_scheduler.domain.deployment import (
     DEFAULT_QUEUE_DEPTH,
     NO_CACHE,
@@ -32,6 +33,7 @@ from penstock_scheduler.domain.planner.snapshot import group_of
 from penstock_scheduler.domain.resources import NO_RESOURCES, Batching, Defaults, Resources
 from penstock_scheduler.domain.validate import (
     TargetAsked,
+    check_autoscaling,
     check_cacheable,
     check_resolved,
     check_targets,
@@ -55,6 +57,7 @@ class Asked:
     labels: tuple[tuple[str, str], ...] = ()
     max_queue_depth: int = DEFAULT_QUEUE_DEPTH
     cache: ResponseCache = NO_CACHE
+    autoscaling: Autoscaling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class Deployments:
                 earlier = await work.deployments.claim_request(request_id, fingerprint)
             if earlier is not None:
                 return await self._seen(earlier)
+        autoscaling = None if asked.autoscaling is None else check_autoscaling(asked.autoscaling)
         spec, versions = await self._resolve(asked)
         async with self._works() as work:
             if request_id:
@@ -119,6 +123,7 @@ class Deployments:
                     labels=asked.labels,
                     max_queue_depth=asked.max_queue_depth,
                     cache=asked.cache,
+                    autoscaling=autoscaling,
                     message="Replicas are starting.",
                     create_time=now,
                     update_time=now,
@@ -193,6 +198,9 @@ class Deployments:
                     asked.max_queue_depth if "max_queue_depth" in changes.fields else old.max_queue_depth
                 ),
                 cache=cache,
+                autoscaling=_changed_autoscaling(old.autoscaling, changes),
+                # Who says a number starts from it; the load decides what follows.
+                scale=None if "replicas" in changes.fields else old.scale,
             )
             stored = await self._store(work, old, changed, spec, actor, "update")
             if request_id:
@@ -376,6 +384,26 @@ def _changed_cache(old: ResponseCache, changes: Changes) -> ResponseCache:
         return asked
     named = {own: getattr(asked, own) for part, own in _CACHE_PARTS.items() if part in changes.fields}
     return replace(old, **named)
+
+
+# Parts of the autoscaling likewise.
+_AUTOSCALING_PARTS = {
+    "autoscaling.min_replicas": "min_replicas",
+    "autoscaling.max_replicas": "max_replicas",
+    "autoscaling.queue_wait_objective": "queue_wait_seconds",
+    "autoscaling.idle": "idle_seconds",
+    "autoscaling.cool_down": "cool_down_seconds",
+}
+
+
+def _changed_autoscaling(old: Autoscaling | None, changes: Changes) -> Autoscaling | None:
+    """The setting after an update, which may name the whole of it or parts; checked where it changes."""
+    asked = changes.asked.autoscaling
+    if "autoscaling" in changes.fields:
+        return None if asked is None else check_autoscaling(asked)
+    given = asked or Autoscaling(min_replicas=0)
+    named = {own: getattr(given, own) for part, own in _AUTOSCALING_PARTS.items() if part in changes.fields}
+    return check_autoscaling(replace(old or Autoscaling(), **named)) if named else old
 
 
 def _unknown(name: str) -> NotFound:

@@ -11,6 +11,9 @@ from penstock_scheduler.domain.deployment import Deployment, DeploymentState
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
 from penstock_scheduler.domain.version import VersionKey
 
+IDLE = "Idle; the next request starts a replica."
+WAKING = "A replica is starting for the requests that wait."
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -37,6 +40,17 @@ class Standing:
             for r in self.replicas
             if r.group in groups and r.state is ReplicaState.READY and r.group.version not in self.obstacles
         )
+
+    def growing(self, wanted: int) -> bool:
+        """Whether replicas are missing only because they were never there: none has failed or got lost."""
+        for key in self.asked:
+            young = [r for r in self.replicas if r.group == key and r.wanted]
+            if len(young) < wanted or any(
+                r.state is ReplicaState.BACKOFF or (r.state is not ReplicaState.READY and r.restarts)
+                for r in young
+            ):
+                return False
+        return True
 
     def obstacle(self) -> str:
         """Says what keeps replicas of what is asked for from answering; empty if nothing does."""
@@ -90,9 +104,16 @@ def _verdict(standing: Standing, now: datetime, failing_seconds: float) -> tuple
             )
         return DeploymentState.UPDATING, f"New targets are starting; the earlier ones do not answer.{why}"
 
-    wanted = deployment.asked.replicas
+    wanted = deployment.desired_replicas
     if all(asked_ready[key] >= wanted for key in standing.asked):
-        return DeploymentState.READY, ""
+        return DeploymentState.READY, "" if wanted else IDLE
+    if deployment.autoscaling is not None and not why and standing.growing(wanted):
+        # The load asks for more than there are: nothing is broken.
+        count = sum(min(asked_ready[key], wanted) for key in standing.asked)
+        if answering:
+            return DeploymentState.READY, f"{count} of {wanted * len(standing.asked)} replicas answer so far."
+        if deployment.state is DeploymentState.READY:
+            return DeploymentState.READY, WAKING
     if answering:
         total = wanted * len(standing.asked)
         count = sum(min(asked_ready[key], wanted) for key in standing.asked)
