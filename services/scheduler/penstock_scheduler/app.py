@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -66,7 +67,10 @@ class Scheduler:
             node_silence_seconds=settings.node_silence_seconds,
             defaults=defaults,
         )
-        self._engine: AsyncEngine = open_engine(settings.database_url, application="penstock-scheduler")
+        # A name of this process only: by it the others see, and end, all that a stopped leader holds.
+        self._engine: AsyncEngine = open_engine(
+            settings.database_url, application=f"penstock-scheduler {secrets.token_hex(4)}"
+        )
         self._channel = open_channel(settings.registry_address)
         self._tasks = TaskSet()
         self._wake = Wake()
@@ -137,6 +141,8 @@ class Scheduler:
             await asyncio.sleep(RETRY_SECONDS)
             ready = await self._prepare()
         self._tasks.run_forever("reconcile", self._reconciler.run)
+        self._tasks.run_forever("lead", self._leadership.beat)
+        self._tasks.run_forever("listen", self._reconciler.listen)
         self._tasks.run_forever("aliases", self._aliases.run)
 
     async def _prepare(self) -> bool:

@@ -17,7 +17,10 @@ class SchedulerSettings(ServiceSettings):
         3.0, gt=0, description="A node whose agent went away is given up after this long"
     )
     node_silence_seconds: float = Field(
-        9.0, gt=0, description="A node whose agent is connected but silent is given up after this long"
+        # Its replicas are to serve elsewhere within 10 s, the start of others included.
+        7.0,
+        gt=0,
+        description="A node whose agent is connected but silent is given up after this long",
     )
     scheduler_default_cpu_millis: int = Field(
         # A replica that waits costs next to nothing: 40 fit a machine of 2 cores.

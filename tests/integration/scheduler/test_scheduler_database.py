@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,7 +18,7 @@ from penstock.scheduler.v1 import deployment_pb2
 from penstock_kit.db import open_engine
 from penstock_kit.errors import Aborted, Internal, Unavailable
 from penstock_scheduler.adapters.documents import version_from_message
-from penstock_scheduler.adapters.work import SqlLeadership, SqlWorks
+from penstock_scheduler.adapters.work import PATIENCE_LOOKS, SqlLeadership, SqlWorks
 from penstock_scheduler.domain.deployment import Deployment, Spec, Target
 from penstock_scheduler.domain.node import Device, DeviceKind, Node, NodeState
 from penstock_scheduler.domain.planner import Plan
@@ -171,6 +172,60 @@ async def test_one_scheduler_leads_and_the_earlier_one_writes_nothing_more(store
         await store.apply(placed("a", MODEST), epoch=1)
     await store.apply(placed("a", MODEST), epoch=2)
     await other.release()
+
+
+class Schedulers:
+    """Two that want to lead, each with connections of its own name."""
+
+    def __init__(self, url: str) -> None:
+        self.engines = [open_engine(url, application=f"penstock-scheduler {n}") for n in (1, 2)]
+        self.first, self.second = (SqlLeadership(engine) for engine in self.engines)
+
+    async def looks(self, number: int) -> list[int | None]:
+        return [await self.second.try_lead() for _ in range(number)]
+
+
+@pytest.fixture
+async def schedulers(idle_bench: Any) -> AsyncIterator[Schedulers]:
+    both = Schedulers(idle_bench.database_url)
+    yield both
+    for leadership, engine in zip((both.first, both.second), both.engines, strict=True):
+        with suppress(Unavailable):
+            await leadership.release()
+        await engine.dispose()
+
+
+async def test_a_leader_that_says_nothing_any_more_is_deposed_with_what_it_had_half_done(
+    schedulers: Schedulers,
+) -> None:
+    assert await schedulers.first.try_lead() == 1
+    async with SqlWorks(schedulers.engines[0])() as half_done:
+        # Holds a share lock on the epoch, as a process would that is stopped in the middle of a pass.
+        await half_done.cluster.apply(Plan(nodes=(NODE,)), 1)
+        assert await schedulers.looks(PATIENCE_LOOKS + 1) == [None] * (PATIENCE_LOOKS + 1)
+        assert await schedulers.looks(1) == [2]
+        with pytest.raises(Unavailable):
+            await half_done.commit()
+    with pytest.raises(Unavailable):
+        await schedulers.first.try_lead()
+    assert await schedulers.first.try_lead() is None, "it goes on as a follower"
+    async with SqlWorks(schedulers.engines[0])() as late:
+        with pytest.raises(Aborted, match="Another scheduler leads"):
+            await late.cluster.apply(Plan(nodes=(NODE,)), 1)
+
+
+async def test_a_leader_that_beats_stays_however_often_another_looks(schedulers: Schedulers) -> None:
+    assert await schedulers.first.try_lead() == 1
+    for _ in range(PATIENCE_LOOKS * 3):
+        assert await schedulers.second.try_lead() is None
+        assert await schedulers.first.try_lead() == 1
+
+
+async def test_a_leader_that_is_merely_slow_stays(schedulers: Schedulers) -> None:
+    assert await schedulers.first.try_lead() == 1
+    for _ in range(3):
+        assert await schedulers.looks(PATIENCE_LOOKS) == [None] * PATIENCE_LOOKS
+        assert await schedulers.first.try_lead() == 1
 
 
 async def test_a_plan_for_what_has_changed_meanwhile_is_refused(store: Store) -> None:

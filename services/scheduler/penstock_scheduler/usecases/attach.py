@@ -161,7 +161,8 @@ class AttachHub:
         }
         for name in expected:
             if name not in reports:
-                reports[name] = Report(None, {}, False, max(0.0, now - since))
+                # Late, not gone: it may hang on the scheduler that led before, and has to notice.
+                reports[name] = Report(None, {}, True, max(0.0, now - since))
         return reports
 
     def publish(self, snapshot: Snapshot) -> None:
@@ -190,7 +191,7 @@ class AttachHub:
         else:
             self._end_all(
                 Unavailable(
-                    "Another scheduler leads; attach there.",
+                    "Another scheduler leads, or may by now; attach there.",
                     reason=Reason.DEPENDENCY_UNAVAILABLE,
                     retry_after_seconds=1.0,
                 )

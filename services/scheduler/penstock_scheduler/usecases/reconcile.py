@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 RETRY_SECONDS = 0.3
 LATE_SECONDS = 2.0
+LISTEN_SECONDS = 0.5
+DOUBT_SECONDS = 6.0
+"""Others depose a leader that the database did not hear of for about so long."""
 PRUNE_EVERY_SECONDS = 3600.0
 KEEP_STOPPED = timedelta(days=7)
 
@@ -98,6 +101,7 @@ class Reconciler:
                 if self.healthy.get():
                     log.warning("the cluster is left as it is: %s", error)
                 self.healthy.set(False)
+                self._doubt()
                 await asyncio.sleep(RETRY_SECONDS)
             except Exception:
                 # A fault of ours: the supervisor logs it and starts this loop again.
@@ -105,6 +109,12 @@ class Reconciler:
                 raise
             else:
                 await self._wake.wait(TICK_SECONDS)
+
+    async def listen(self) -> None:
+        """Notices pauses of this process, until cancelled: a pass that takes long is none."""
+        while True:
+            self._notice_pause()
+            await asyncio.sleep(LISTEN_SECONDS)
 
     async def step(self) -> None:
         """One pass."""
@@ -118,7 +128,7 @@ class Reconciler:
             async with self._works() as work:
                 snapshot = self._snapshot(await work.cluster.load())
                 if self._epoch is not None:
-                    changes = self._plan(snapshot, self._policy)
+                    changes = await asyncio.to_thread(self._plan, snapshot, self._policy)
                     if changes:
                         await work.cluster.apply(changes, self._epoch)
                         await self._prune(work.cluster)
@@ -163,6 +173,16 @@ class Reconciler:
                 log.info("leading, epoch %d", epoch)
         self._hub.follow(epoch is not None)
         self._traffic.follow(epoch is not None)
+
+    def _doubt(self) -> None:
+        """Lets the agents go when the database was away for so long that another scheduler may lead by now.
+
+        If none does, they come back as soon as the database does, and nothing stops running meanwhile.
+        """
+        if self._epoch is not None and time.monotonic() - self._checked_lead > DOUBT_SECONDS:
+            log.warning("another scheduler may lead by now: the agents are let go")
+            self._epoch = None
+            self._hub.follow(False)
 
     def _snapshot(self, stored: Stored) -> Snapshot:
         self._notice_pause()
