@@ -184,6 +184,35 @@ async def test_who_asked_for_a_version_is_never_answered_by_another(sender: Memo
     assert sender.unanswered("m:3:abc") == 1
 
 
+@pytest.mark.parametrize("percent", [1, 5, 25, 50])
+async def test_a_small_weight_gets_its_part_of_every_short_window(sender: MemorySender, percent: int) -> None:
+    weights = {1: 100 - percent, 2: percent}
+    targets = tuple(Target("models/m", v, w, f"m:{v}:abc", 1, Description()) for v, w in weights.items())
+    dispatcher = Dispatcher(sender)
+    dispatcher.update(Table(1, {"m": Route("m", targets, 4096)}))
+    chosen = [dispatcher.resolve("m", "")[1].version == 2 for _ in range(2000)]
+    window = 400
+    counts = [sum(chosen[start : start + window]) for start in range(len(chosen) - window)]
+    expected = window * percent / 100
+    assert expected - 3 <= min(counts) <= max(counts) <= expected + 3
+
+
+async def test_changed_weights_move_nobody_who_waits(sender: MemorySender) -> None:
+    def weighing(first: int, second: int) -> Table:
+        weights = {1: first, 2: second}
+        targets = tuple(Target("models/m", v, w, f"m:{v}:abc", 1, Description()) for v, w in weights.items())
+        return Table(1, {"m": Route("m", targets, 4096)})
+
+    dispatcher = Dispatcher(sender)
+    dispatcher.update(weighing(50, 50))
+    for _ in range(10):
+        submit(dispatcher)
+    before = [sender.unanswered(f"m:{v}:abc") for v in (1, 2)]
+    assert min(before) >= 3
+    dispatcher.update(weighing(0, 100))
+    assert [sender.unanswered(f"m:{v}:abc") for v in (1, 2)] == before
+
+
 async def test_a_draining_gateway_takes_nothing_new(sender: MemorySender) -> None:
     dispatcher = Dispatcher(sender)
     dispatcher.update(table())

@@ -129,7 +129,7 @@ class Dispatcher:
         default_timeout: Seconds that an inference may take if nobody says otherwise.
         traced: Whether each inference gets a span.
         cache_bytes: Bytes of answers kept for equal requests at most.
-        draw: Gives fractions for the choice by weight.
+        draw: Gives fractions: where the choice by weight begins, and where requests go whose queue vanished.
 
     Attributes:
         table: The routing table of the moment.
@@ -198,7 +198,7 @@ class Dispatcher:
         for name, route in table.routes.items():
             lane = self.lanes.get(name)
             if lane is None:
-                self.lanes[name] = Lane(route)
+                self.lanes[name] = Lane(route, self._draw())
             else:
                 lane.update(route)
             for target in route.targets:
@@ -290,14 +290,15 @@ class Dispatcher:
         if "@" in name:
             name, selector = split_name(name, selector)
         route = self.table.find(name)
-        target = route.select(selector, self._draw())
+        lane = self.lanes[name]
+        target = route.named(selector) if selector else route.weighted(lane.draw())
         if not target.ready:
             if not route.may_wait:
-                self.lanes[name].refuse(lanes.NOT_READY)
+                lane.refuse(lanes.NOT_READY)
                 self.waitlists[target.queue].tally.arrived += 1
                 raise not_ready(route)
             self.wanting.set()
-        return self.lanes[name], target
+        return lane, target
 
     def begin(
         self,
