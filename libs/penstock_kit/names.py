@@ -159,6 +159,21 @@ def parse_replica(name: str) -> str:
     return check_id(replica, "replica")
 
 
+def rollout_name(deployment: str, number: int) -> str:
+    """Return the resource name of a rollout."""
+    return f"deployments/{deployment}/rollouts/{number}"
+
+
+def parse_rollout(name: str) -> tuple[str, int]:
+    """Return {deployment} and {rollout} of deployments/{deployment}/rollouts/{rollout}; 0 for `-`.
+
+    Raises:
+        InvalidArgument: The name has another form.
+    """
+    deployment, number = _parts(name, "deployments/{deployment}/rollouts/{rollout}")
+    return check_id(deployment, "deployment"), 0 if number == "-" else parse_number(number, name)
+
+
 def _parts(name: str, pattern: str) -> list[str]:
     """Return the parts of `name` at the places in braces of `pattern`."""
     given, wanted = name.split("/"), pattern.split("/")

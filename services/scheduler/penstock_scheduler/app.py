@@ -34,7 +34,9 @@ from penstock_scheduler.usecases.aliases import AliasFollower
 from penstock_scheduler.usecases.attach import AttachHub
 from penstock_scheduler.usecases.deployments import Deployments
 from penstock_scheduler.usecases.inspect import Inspect
+from penstock_scheduler.usecases.nodes import Nodes
 from penstock_scheduler.usecases.reconcile import Reconciler
+from penstock_scheduler.usecases.rollouts import Rollouts
 from penstock_scheduler.usecases.traffic import Traffic
 from penstock_scheduler.usecases.wake import Wake, WakeAll
 
@@ -90,11 +92,14 @@ class Scheduler:
             settings.alias_poll_seconds,
         )
         self._server = RpcServer(settings.scheduler_listen, max_message_bytes=settings.max_message_bytes)
+        inspect = Inspect(works, self._hub.silence)
         self._server.add(
             scheduler_service_pb2_grpc.add_SchedulerServiceServicer_to_server,
             SchedulerServicer(
                 Deployments(works, registry, WakeAll(self._wake, alias_wake), defaults),
-                Inspect(works, self._hub.silence),
+                Rollouts(works, self._wake, self._reconciler.deployments),
+                Nodes(works, inspect, self._wake),
+                inspect,
                 self._reconciler,
             ),
             scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,

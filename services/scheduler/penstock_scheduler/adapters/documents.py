@@ -38,6 +38,7 @@ def version_from_message(message: version_pb2.Version) -> Version:
             latency_objective_microseconds=manifest.batching.latency_objective_microseconds,
         ),
         steps=steps_from_proto(manifest.ensemble),
+        metrics=tuple(sorted(manifest.metrics.items())),
         kind=model_type(manifest, f"{key.model}:{key.number}"),
         document=kept.SerializeToString(deterministic=True),
     )

@@ -6,6 +6,12 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from penstock_scheduler.adapters.rollout_mapping import (
+    policy_from_json,
+    policy_to_json,
+    rollout_from_json,
+    rollout_to_json,
+)
 from penstock_scheduler.adapters.rows import DeploymentRow, DeviceRow, NodeRow, ReplicaRow, RevisionRow
 from penstock_scheduler.domain.autoscaling.settings import Autoscaling, Scale
 from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints, Taint, Toleration
@@ -28,7 +34,12 @@ Values = dict[str, Any]
 
 def spec_to_json(spec: Spec) -> Values:
     """What the columns `asked`, `serving` and `spec` hold."""
-    return asdict(spec)
+    value = asdict(spec)
+    for target in value["targets"]:
+        # An earlier release, which may still read, does not know it.
+        if not target["avoids"]:
+            del target["avoids"]
+    return value
 
 
 def spec_from_json(value: Values) -> Spec:
@@ -61,6 +72,9 @@ def deployment_values(deployment: Deployment) -> Values:
         "labels": dict(deployment.labels),
         "max_queue_depth": deployment.max_queue_depth,
         "cache": None if deployment.cache == NO_CACHE else asdict(deployment.cache),
+        "rollout_policy": policy_to_json(deployment.rollout_policy),
+        "rollout": None if deployment.rollout is None else rollout_to_json(deployment.rollout),
+        "at_once": deployment.at_once,
         "autoscaling": None if deployment.autoscaling is None else asdict(deployment.autoscaling),
         "scale": None if deployment.scale is None else _scale_to_json(deployment.scale),
         "state": deployment.state.name,
@@ -81,6 +95,9 @@ def deployment_from_row(row: DeploymentRow) -> Deployment:
         labels=tuple(sorted(row.labels.items())),
         max_queue_depth=row.max_queue_depth,
         cache=NO_CACHE if row.cache is None else ResponseCache(**row.cache),
+        rollout_policy=policy_from_json(row.rollout_policy),
+        rollout=None if row.rollout is None else rollout_from_json(row.rollout),
+        at_once=row.at_once,
         autoscaling=None if row.autoscaling is None else Autoscaling(**row.autoscaling),
         scale=None if row.scale is None else _scale_from_json(row.scale),
         state=DeploymentState[row.state],
@@ -119,6 +136,7 @@ def node_values(node: Node) -> Values:
         "cached_digests": sorted(node.cached_digests),
         "cpu_millis": node.cpu_millis,
         "memory_bytes": node.memory_bytes,
+        "instance": node.instance,
         "disk_bytes": node.disk_bytes,
         "disk_bytes_free": node.disk_bytes_free,
         "message": node.message,
@@ -155,6 +173,7 @@ def node_from_row(row: NodeRow, devices: Iterable[DeviceRow]) -> Node:
         cpu_millis=row.cpu_millis,
         memory_bytes=row.memory_bytes,
         last_seen_time=row.last_seen_time,
+        instance=row.instance,
         disk_bytes=row.disk_bytes,
         disk_bytes_free=row.disk_bytes_free,
         cordoned=row.cordoned,

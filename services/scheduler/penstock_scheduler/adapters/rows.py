@@ -65,6 +65,9 @@ class DeploymentRow(Base):
     labels: Mapped[Json]
     max_queue_depth: Mapped[Int]
     cache: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
+    rollout_policy: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
+    rollout: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
+    at_once: Mapped[bool] = mapped_column(server_default="false")
     autoscaling: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     scale: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     state: Mapped[Str]
@@ -86,6 +89,24 @@ class RevisionRow(Base):
     time: Mapped[Time]
     actor: Mapped[Str]
     cause: Mapped[Str]
+
+
+class RolloutRow(Base):
+    """A rollout with its evidence. Kept for ever."""
+
+    __tablename__ = "rollouts"
+    deployment_uid: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    document: Mapped[Json]
+
+
+class ServedRow(Base):
+    """What callers of a deployment got from a moment on. Kept for ever."""
+
+    __tablename__ = "served"
+    deployment_uid: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    time: Mapped[datetime] = mapped_column(DateTime(timezone=True), primary_key=True)
+    targets: Mapped[Json]
 
 
 class RequestRow(Base):
@@ -116,6 +137,7 @@ class NodeRow(Base):
     memory_bytes: Mapped[Big]
     cpu_millis_allocated: Mapped[int] = mapped_column(BigInteger, server_default="0")
     memory_bytes_allocated: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    instance: Mapped[Str]
     disk_bytes: Mapped[Big]
     disk_bytes_free: Mapped[Big]
     disk_bytes_allocated: Mapped[int] = mapped_column(BigInteger, server_default="0")

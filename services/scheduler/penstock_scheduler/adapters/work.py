@@ -15,6 +15,7 @@ from penstock_kit.db import UnitOfWork, database_errors
 from penstock_kit.errors import PenstockError
 from penstock_scheduler.adapters.cluster import SqlCluster, refused
 from penstock_scheduler.adapters.deployments import SqlDeployments
+from penstock_scheduler.adapters.rollouts import SqlRollouts
 from penstock_scheduler.domain.version import Version, VersionKey
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class SqlWork(UnitOfWork):
     def _open(self, session: AsyncSession) -> None:
         self.deployments = SqlDeployments(session)
         self.cluster = SqlCluster(session, self._versions)
+        self.rollouts = SqlRollouts(session)
 
     async def commit(self) -> None:
         """Makes the transaction durable; rules that look at the whole speak now.

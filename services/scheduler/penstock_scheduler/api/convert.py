@@ -15,7 +15,9 @@ from penstock.scheduler.v1 import deployment_pb2, node_pb2, node_service_pb2, re
 from penstock_kit import names
 from penstock_kit.errors import InvalidArgument
 from penstock_kit.queue.keys import queue_name
+from penstock_scheduler.api.policies import policy_from_message, policy_to_message
 from penstock_scheduler.domain.autoscaling.settings import Autoscaling
+from penstock_scheduler.domain.constraints import Constraints, Toleration
 from penstock_scheduler.domain.deployment import (
     DEFAULT_QUEUE_DEPTH,
     NO_CACHE,
@@ -24,9 +26,9 @@ from penstock_scheduler.domain.deployment import (
     Revision,
     Target,
 )
-from penstock_scheduler.domain.node import CPU_DEVICE, Device, DeviceKind, Node
-from penstock_scheduler.domain.replica import Observed, Replica, ReplicaState
+from penstock_scheduler.domain.replica import Replica, ReplicaState
 from penstock_scheduler.domain.resources import Batching, Resources
+from penstock_scheduler.domain.rollout.targets import live_targets
 from penstock_scheduler.domain.routes import Route, RouteTarget
 from penstock_scheduler.domain.validate import (
     TargetAsked,
@@ -37,15 +39,15 @@ from penstock_scheduler.domain.validate import (
     check_replicas,
     check_resources,
 )
+from penstock_scheduler.domain.validate_nodes import check_constraints
 from penstock_scheduler.domain.version import VersionKey
 from penstock_scheduler.usecases.attach import Desired
 from penstock_scheduler.usecases.deployments import Asked
-from penstock_scheduler.usecases.ports import AllocationView, DeploymentView, NodeView, Uses
-
-MAX_MESSAGE_CHARACTERS = 4096
+from penstock_scheduler.usecases.ports import AllocationView, DeploymentView, Uses
 
 
-def _time(moment: datetime | None) -> Timestamp | None:
+def time_to_message(moment: datetime | None) -> Timestamp | None:
+    """A moment for callers."""
     if moment is None:
         return None
     stamp = Timestamp()
@@ -86,9 +88,18 @@ def asked_from_message(message: deployment_pb2.Deployment) -> Asked:
         )
         if message.HasField("batching")
         else None,
+        constraints=check_constraints(
+            Constraints(
+                tuple(sorted(message.node_selector.items())),
+                tuple(Toleration(each.key, each.value) for each in message.tolerations),
+            )
+        ),
         labels=check_labels(dict(message.labels)),
         max_queue_depth=check_queue_depth(message.max_queue_depth, DEFAULT_QUEUE_DEPTH),
         cache=_cache_asked(message.cache),
+        rollout_policy=policy_from_message(message.rollout_policy)
+        if message.HasField("rollout_policy")
+        else None,
         autoscaling=_autoscaling_asked(message.autoscaling) if message.HasField("autoscaling") else None,
     )
 
@@ -167,22 +178,32 @@ def deployment_to_message(view: DeploymentView) -> deployment_pb2.Deployment:
     current = deployment.serving or spec
     return deployment_pb2.Deployment(
         name=names.deployment_name(deployment.name),
-        targets=_targets(spec.targets, view.ready),
+        targets=targets_to_messages(spec.targets, view.ready),
         replicas=spec.replicas,
         resources=_resources(spec.resources),
         batching=None if spec.batching is None else _batching(spec.batching),
         labels=dict(deployment.labels),
         state=_deployment_state(deployment.state),
         message=deployment.message,
-        serving=_targets(deployment.serving.targets, view.ready) if deployment.serving else (),
+        serving=targets_to_messages(live_targets(deployment), view.ready),
         revision=deployment.revision,
         ready_replicas=sum(view.ready.get(version, 0) for version in {t.version for t in current.targets}),
-        create_time=_time(deployment.create_time),
-        update_time=_time(deployment.update_time),
+        create_time=time_to_message(deployment.create_time),
+        update_time=time_to_message(deployment.update_time),
         updated_by=deployment.updated_by,
         etag=deployment.etag,
         max_queue_depth=deployment.max_queue_depth,
         cache=_cache(deployment.cache),
+        rollout_policy=policy_to_message(deployment.rollout_policy),
+        rollout=(
+            names.rollout_name(deployment.name, deployment.rollout.number)
+            if deployment.rollout is not None and not deployment.rollout.ended
+            else ""
+        ),
+        node_selector=dict(spec.constraints.node_selector),
+        tolerations=[
+            deployment_pb2.Toleration(key=each.key, value=each.value) for each in spec.constraints.tolerations
+        ],
         autoscaling=_autoscaling(deployment.autoscaling),
         desired_replicas=deployment.desired_replicas,
     )
@@ -193,42 +214,11 @@ def revision_to_message(revision: Revision) -> deployment_pb2.DeploymentRevision
     return deployment_pb2.DeploymentRevision(
         deployment=names.deployment_name(revision.deployment),
         revision=revision.number,
-        targets=_targets(revision.spec.targets, {}),
+        targets=targets_to_messages(revision.spec.targets, {}),
         replicas=revision.spec.replicas,
-        time=_time(revision.time),
+        time=time_to_message(revision.time),
         actor=revision.actor,
         cause=revision.cause,
-    )
-
-
-def node_to_message(view: NodeView) -> node_pb2.Node:
-    """A node for callers."""
-    node = view.node
-    return node_pb2.Node(
-        name=names.node_name(node.name),
-        state=node_pb2.NodeState.Value(f"NODE_STATE_{node.state.name}"),
-        devices=[
-            node_pb2.Device(
-                id=device.id,
-                kind=node_pb2.DeviceKind.Value(f"DEVICE_KIND_{device.kind.name}"),
-                model=device.model,
-                memory_bytes=device.memory_bytes,
-                memory_bytes_allocated=(
-                    view.memory_bytes if device.id == CPU_DEVICE else view.devices.get(device.id, 0)
-                ),
-            )
-            for device in node.devices
-        ],
-        cpu_millis=node.cpu_millis,
-        memory_bytes=node.memory_bytes,
-        labels=dict(node.labels),
-        cpu_millis_allocated=view.cpu_millis,
-        memory_bytes_allocated=view.memory_bytes,
-        address=node.address,
-        last_seen_time=_time(node.last_seen_time),
-        cached_digests=sorted(node.cached_digests),
-        runtimes=node.runtimes,
-        agent_version=node.agent_version,
     )
 
 
@@ -245,8 +235,8 @@ def replica_to_message(replica: Replica) -> replica_pb2.Replica:
         resources=_resources(replica.resources),
         restarts=replica.restarts,
         pid=replica.pid,
-        create_time=_time(replica.create_time),
-        update_time=_time(replica.update_time),
+        create_time=time_to_message(replica.create_time),
+        update_time=time_to_message(replica.update_time),
     )
 
 
@@ -259,62 +249,11 @@ def allocation_to_message(view: AllocationView) -> node_pb2.Allocation:
         node=names.node_name(replica.node),
         resources=_resources(replica.resources),
         devices=replica.devices,
-        create_time=_time(view.create_time),
+        create_time=time_to_message(view.create_time),
     )
 
 
 # -- agents -----------------------------------------------------------------------------------------
-
-
-def node_from_message(message: node_pb2.Node) -> Node:
-    """A node as its agent describes it.
-
-    Raises:
-        InvalidArgument: a field is wrong; the message names it.
-    """
-    name = names.parse_node(message.name)
-    if message.cpu_millis < 0 or message.memory_bytes < 0 or any(d.memory_bytes < 0 for d in message.devices):
-        raise InvalidArgument(f"nodes/{name} reports a negative amount of CPU or memory.")
-    ids = [device.id for device in message.devices]
-    if len(set(ids)) != len(ids) or "" in ids:
-        raise InvalidArgument(f"nodes/{name} reports devices whose ids are empty or not unique: {ids}.")
-    texts = [message.address, message.agent_version, *message.runtimes, *message.cached_digests, *ids]
-    texts += [*message.labels.keys(), *message.labels.values(), *(d.model for d in message.devices)]
-    if any("\0" in text for text in texts):
-        raise InvalidArgument(f"nodes/{name} reports a text with a NUL, which Postgres cannot store.")
-    for device in message.devices:
-        if device.kind == node_pb2.DEVICE_KIND_UNSPECIFIED:
-            raise InvalidArgument(f"nodes/{name} does not say what its device {device.id} is.")
-    return Node(
-        name=name,
-        cpu_millis=message.cpu_millis,
-        memory_bytes=message.memory_bytes,
-        devices=tuple(
-            Device(d.id, DeviceKind(int(d.kind)), d.model, d.memory_bytes) for d in message.devices
-        ),
-        labels=tuple(sorted(message.labels.items())),
-        runtimes=tuple(sorted(set(message.runtimes))),
-        cached_digests=frozenset(message.cached_digests),
-        address=message.address,
-        agent_version=message.agent_version,
-    )
-
-
-def observed_from_messages(messages: Iterable[replica_pb2.ObservedReplica]) -> Mapping[str, Observed]:
-    """What an agent sees of its replicas, by id.
-
-    Raises:
-        InvalidArgument: a name or state is wrong.
-    """
-    observed = {}
-    for message in messages:
-        id_ = names.parse_replica(message.name)
-        # It may quote the output of a model, which may be anything.
-        words = message.message.replace("\0", "\N{REPLACEMENT CHARACTER}")[:MAX_MESSAGE_CHARACTERS]
-        if message.state in (replica_pb2.REPLICA_STATE_UNSPECIFIED, replica_pb2.REPLICA_STATE_PENDING):
-            raise InvalidArgument(f"{message.name} is reported without a state that an agent can see.")
-        observed[id_] = Observed(ReplicaState(int(message.state)), words, message.pid, message.restarts)
-    return observed
 
 
 def desired_to_message(generation: int, desired: Iterable[Desired]) -> node_service_pb2.AttachResponse:
@@ -376,6 +315,8 @@ def _route_target(target: RouteTarget) -> routing_service_pb2.RouteTarget:
         batching=_batching(target.batching),
         aliases=target.aliases,
         digest=target.version.digest,
+        mirror_percent=target.mirror_percent,
+        mirror_tolerance=target.mirror_tolerance,
     )
 
 
@@ -388,7 +329,10 @@ def _document(document: bytes) -> version_pb2.Version:
     return version_pb2.Version.FromString(document)
 
 
-def _targets(targets: Iterable[Target], ready: Mapping[VersionKey, int]) -> list[deployment_pb2.Target]:
+def targets_to_messages(
+    targets: Iterable[Target], ready: Mapping[VersionKey, int]
+) -> list[deployment_pb2.Target]:
+    """Targets for callers, with the replicas of each that would answer."""
     messages = []
     for target in targets:
         message = deployment_pb2.Target(

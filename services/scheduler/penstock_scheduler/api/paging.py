@@ -9,6 +9,7 @@ from penstock_kit.errors import InvalidArgument
 
 DEFAULT_PAGE = 100
 LARGEST_PAGE = 1000
+_DIGITS_OF_INT32 = 10
 
 
 def page_size(asked: int) -> int:
@@ -49,3 +50,14 @@ def decode_token(token: str) -> str:
             metadata={"field": "page_token"},
         )
     return key
+
+
+def decode_number(key: str) -> int:
+    """The number that the key of a token is; 0 for an empty one.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
+    if key and not (key.isascii() and key.isdecimal() and len(key) < _DIGITS_OF_INT32):
+        raise InvalidArgument("page_token is of another list; leave it empty to begin anew.")
+    return int(key or 0)

@@ -10,22 +10,24 @@ import grpc
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from penstock.scheduler.v1 import deployment_pb2, node_pb2, scheduler_service_pb2_grpc
+from penstock.scheduler.v1 import deployment_pb2, node_pb2
 from penstock.scheduler.v1 import scheduler_service_pb2 as pb
 from penstock_kit import names
-from penstock_kit.errors import InvalidArgument, NotFound
+from penstock_kit.errors import InvalidArgument
 from penstock_kit.rpc import principal
-from penstock_scheduler.api import convert
-from penstock_scheduler.api.paging import decode_token, encode_token, page_size
+from penstock_scheduler.api import convert, node_messages
+from penstock_scheduler.api.paging import decode_number, decode_token, encode_token, page_size
+from penstock_scheduler.api.rollouts import RolloutServicer
 from penstock_scheduler.usecases.deployments import Changes, Deployments
 from penstock_scheduler.usecases.inspect import Inspect
+from penstock_scheduler.usecases.nodes import Nodes
 from penstock_scheduler.usecases.reconcile import Reconciler
+from penstock_scheduler.usecases.rollouts import Rollouts
 from penstock_scheduler.usecases.watch import watch_deployment
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_REQUEST_ID = 128
-_DIGITS_OF_INT32 = 10
 _CHANGEABLE = (
     "targets",
     "replicas",
@@ -34,7 +36,10 @@ _CHANGEABLE = (
     "labels",
     "max_queue_depth",
     "cache",
+    "rollout_policy",
     "autoscaling",
+    "node_selector",
+    "tolerations",
 )
 _CHANGEABLE_PARTS = tuple(
     f"{whole}.{part.name}"
@@ -43,11 +48,20 @@ _CHANGEABLE_PARTS = tuple(
 )
 
 
-class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
+class SchedulerServicer(RolloutServicer):
     """Deployments, and what carries them."""
 
-    def __init__(self, deployments: Deployments, inspect: Inspect, reconciler: Reconciler) -> None:
+    def __init__(
+        self,
+        deployments: Deployments,
+        rollouts: Rollouts,
+        nodes: Nodes,
+        inspect: Inspect,
+        reconciler: Reconciler,
+    ) -> None:
+        super().__init__(rollouts)
         self._deployments = deployments
+        self._nodes = nodes
         self._inspect = inspect
         self._reconciler = reconciler
 
@@ -132,7 +146,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
     ) -> pb.ListDeploymentRevisionsResponse:
         """See scheduler_service.proto."""
         size = page_size(request.page_size)
-        before = _number(decode_token(request.page_token))
+        before = decode_number(decode_token(request.page_token))
         found = await self._deployments.revisions(names.parse_deployment(request.parent), before, size + 1)
         page = found[:size]
         return pb.ListDeploymentRevisionsResponse(
@@ -142,11 +156,12 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
 
     async def GetNode(self, request: pb.GetNodeRequest, context: Context) -> node_pb2.Node:
         """See scheduler_service.proto."""
-        name = names.parse_node(request.name)
-        view = await self._inspect.node(name)
-        if view is None:
-            raise NotFound(f"There is no node {name}; list the nodes.", metadata={"node": name})
-        return convert.node_to_message(view)
+        return node_messages.node_to_message(await self._nodes.get(names.parse_node(request.name)))
+
+    async def UpdateNode(self, request: pb.UpdateNodeRequest, context: Context) -> node_pb2.Node:
+        """See scheduler_service.proto."""
+        name, says, fields = node_messages.update_from_message(request)
+        return node_messages.node_to_message(await self._nodes.update(name, says, fields, actor=principal()))
 
     async def ListNodes(self, request: pb.ListNodesRequest, context: Context) -> pb.ListNodesResponse:
         """See scheduler_service.proto."""
@@ -154,7 +169,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         found = await self._inspect.nodes(decode_token(request.page_token), size + 1)
         page = found[:size]
         return pb.ListNodesResponse(
-            nodes=[convert.node_to_message(view) for view in page],
+            nodes=[node_messages.node_to_message(view) for view in page],
             next_page_token=encode_token(page[-1].node.name) if len(found) > size else "",
         )
 
@@ -226,9 +241,3 @@ def _fingerprint(request: Message) -> str:
     content.ClearField("request_id")
     kind = type(request).__name__.encode()
     return hashlib.blake2b(kind + content.SerializeToString(deterministic=True), digest_size=16).hexdigest()
-
-
-def _number(text: str) -> int:
-    if text and not (text.isascii() and text.isdecimal() and len(text) < _DIGITS_OF_INT32):
-        raise InvalidArgument("page_token is of another list; leave it empty to begin anew.")
-    return int(text or 0)

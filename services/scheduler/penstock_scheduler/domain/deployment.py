@@ -14,12 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from penstock_scheduler.domain.autoscaling.settings import Autoscaling, Scale
 from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.machine import step, walk
 from penstock_scheduler.domain.resources import MIB, NO_RESOURCES, Batching, Resources
 from penstock_scheduler.domain.version import VersionKey
+
+if TYPE_CHECKING:
+    from penstock_scheduler.domain.rollout.policy import RolloutPolicy
+    from penstock_scheduler.domain.rollout.state import Rollout
 
 MAX_TARGETS = 16
 MAX_REPLICAS = 1000
@@ -61,12 +66,14 @@ class Target:
         weight: part of the traffic; the weights of a deployment sum to 100.
         resolved_version: the version that the selector means now.
         alias: the alias it follows; empty for a fixed version.
+        avoids: the version that a rollout took back: the alias is not followed there; 0 for none.
     """
 
     model: str
     weight: int
     resolved_version: int
     alias: str = ""
+    avoids: int = 0
 
     @property
     def version(self) -> VersionKey:
@@ -136,6 +143,9 @@ class Deployment:
         create_time: when it was made.
         update_time: when it last changed.
         updated_by: who last changed it.
+        rollout_policy: how targets change; None changes them all at once, when the new ones are ready.
+        rollout: the latest rollout, ended or not; None if there was none.
+        at_once: what is asked for now is to be served as soon as it is ready, whatever the policy says.
         uid: number that no other deployment ever has, also none of the same name; 0 before it is stored.
     """
 
@@ -153,6 +163,9 @@ class Deployment:
     message: str = ""
     revision: int = 1
     updated_by: str = ""
+    rollout_policy: RolloutPolicy | None = None
+    rollout: Rollout | None = None
+    at_once: bool = False
     uid: int = 0
 
     @property
@@ -205,9 +218,16 @@ class Deployment:
             moved = moved.advance(state, now, message)
         return moved
 
-    def ask(self, asked: Spec, now: datetime, actor: str) -> Deployment:
-        """A new revision that asks for something else."""
-        changed = replace(self, asked=asked, revision=self.revision + 1, update_time=now, updated_by=actor)
+    def ask(self, asked: Spec, now: datetime, actor: str, *, at_once: bool = False) -> Deployment:
+        """A new revision that asks for something else; `at_once` goes past the rollout policy."""
+        changed = replace(
+            self,
+            asked=asked,
+            revision=self.revision + 1,
+            update_time=now,
+            updated_by=actor,
+            at_once=at_once,
+        )
         if self.state is DeploymentState.PENDING or asked == self.asked:
             return changed
         return changed.move(DeploymentState.UPDATING, now, "New targets are starting.")

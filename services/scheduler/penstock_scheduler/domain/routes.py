@@ -12,6 +12,7 @@ from penstock_scheduler.domain.planner.ensembles import Obstacles, obstacles
 from penstock_scheduler.domain.planner.snapshot import Snapshot
 from penstock_scheduler.domain.replica import Replica, ReplicaState
 from penstock_scheduler.domain.resources import Batching
+from penstock_scheduler.domain.rollout.targets import live_targets, mirrored
 from penstock_scheduler.domain.version import Version, VersionKey
 
 
@@ -25,6 +26,8 @@ class RouteTarget:
     ready_replicas: int
     batching: Batching
     aliases: tuple[str, ...] = ()
+    mirror_percent: int = 0
+    mirror_tolerance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,11 @@ def _route(
     spec = deployment.serving or deployment.asked
     weights: dict[VersionKey, int] = {}
     batchings: dict[VersionKey, Batching] = {}
-    for target in spec.targets if not deleting else ():
+    for target in (live_targets(deployment) or spec.targets) if not deleting else ():
         weights[target.version] = weights.get(target.version, 0) + target.weight
         batchings[target.version] = spec.batching or snapshot.versions[target.version].batching
+    mirrors = {} if deleting else mirrored(deployment)
+    tolerance = deployment.rollout.policy.tolerance if deployment.rollout and mirrors else 0.0
     ready: Counter[VersionKey] = Counter()
     for replica in replicas:
         weights.setdefault(replica.version, 0)
@@ -81,6 +86,8 @@ def _route(
             ready_replicas=0 if (deployment.name, key) in blocked else ready[key],
             batching=batchings[key],
             aliases=_aliases_of(key, snapshot.aliases),
+            mirror_percent=mirrors.get(key, 0),
+            mirror_tolerance=tolerance if key in mirrors else 0.0,
         )
         for key, weight in sorted(weights.items())
     )

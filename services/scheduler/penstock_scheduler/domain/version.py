@@ -35,6 +35,7 @@ class Version:
         batching: how its manifest wants requests joined.
         steps: the deployments that it calls, if it is an ensemble.
         measured_memory_bytes: the most memory that a READY replica of it was seen to use; 0 if none was.
+        metrics: what its manifest records of how good it is, by name.
         kind: what it takes and gives; None if unknown.
         document: the registry's message, serialized; opaque to the domain.
     """
@@ -46,6 +47,7 @@ class Version:
     resources: Resources = NO_RESOURCES
     batching: Batching = NO_BATCHING
     steps: tuple[Step, ...] = ()
+    metrics: tuple[tuple[str, float], ...] = ()
     kind: ModelType | None = None
     measured_memory_bytes: int = 0
     document: bytes = field(default=b"", repr=False)

@@ -133,7 +133,7 @@ class AliasFollower:
         for deployment in deployments:
             for target in deployment.asked.targets:
                 alias = now.get(target.model, {}).get(target.alias) if target.alias else None
-                if alias is None or alias.version == target.resolved_version:
+                if alias is None or alias.version in (target.resolved_version, target.avoids):
                     continue
                 try:
                     version = await self._registry.resolve(target.model, str(alias.version))
@@ -145,7 +145,7 @@ class AliasFollower:
 
 
 def _moved(deployment: Deployment, move: _Move) -> Deployment:
-    fresh = replace(move.target, resolved_version=move.version.key.number)
+    fresh = replace(move.target, resolved_version=move.version.key.number, avoids=0)
     targets = tuple(fresh if target == move.target else target for target in deployment.asked.targets)
     return deployment.ask(replace(deployment.asked, targets=targets), datetime.now(UTC), move.moved_by)
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from penstock_kit.errors import Aborted, FailedPrecondition, NotFound, Reason
 from penstock_scheduler.domain.autoscaling.settings import Autoscaling
+from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.deployment import (
     DEFAULT_QUEUE_DEPTH,
     NO_CACHE,
@@ -31,6 +32,7 @@ from penstock_scheduler.domain.planner.feasible import (
 )
 from penstock_scheduler.domain.planner.snapshot import group_of
 from penstock_scheduler.domain.resources import NO_RESOURCES, Batching, Defaults, Resources
+from penstock_scheduler.domain.rollout import RolloutPolicy
 from penstock_scheduler.domain.validate import (
     TargetAsked,
     check_autoscaling,
@@ -54,9 +56,11 @@ class Asked:
     replicas: int = 1
     resources: Resources = NO_RESOURCES
     batching: Batching | None = None
+    constraints: Constraints = NO_CONSTRAINTS
     labels: tuple[tuple[str, str], ...] = ()
     max_queue_depth: int = DEFAULT_QUEUE_DEPTH
     cache: ResponseCache = NO_CACHE
+    rollout_policy: RolloutPolicy | None = None
     autoscaling: Autoscaling | None = None
 
 
@@ -123,6 +127,7 @@ class Deployments:
                     labels=asked.labels,
                     max_queue_depth=asked.max_queue_depth,
                     cache=asked.cache,
+                    rollout_policy=asked.rollout_policy,
                     autoscaling=autoscaling,
                     message="Replicas are starting.",
                     create_time=now,
@@ -187,6 +192,9 @@ class Deployments:
             for key in ("replicas", "resources", "batching"):
                 if key in changes.fields:
                     spec = replace(spec, **{key: getattr(asked, key)})
+            for key in changes.fields.intersection(("node_selector", "tolerations")):
+                constraints = replace(spec.constraints, **{key: getattr(asked.constraints, key)})
+                spec = replace(spec, constraints=constraints)
             versions = await work.cluster.load_versions({t.version for t in spec.targets})
             await self._check_placeable(work, spec, versions)
             cache = _changed_cache(old.cache, changes)
@@ -198,6 +206,9 @@ class Deployments:
                     asked.max_queue_depth if "max_queue_depth" in changes.fields else old.max_queue_depth
                 ),
                 cache=cache,
+                rollout_policy=(
+                    asked.rollout_policy if "rollout_policy" in changes.fields else old.rollout_policy
+                ),
                 autoscaling=_changed_autoscaling(old.autoscaling, changes),
                 # Who says a number starts from it; the load decides what follows.
                 scale=None if "replicas" in changes.fields else old.scale,
@@ -211,6 +222,8 @@ class Deployments:
 
     async def rollback(self, name: str, number: int, *, actor: str) -> DeploymentView:
         """Goes back to what was asked for at revision `number`; 0 means the one before the present.
+
+        It goes past the rollout policy: who takes something back by hand has no time for steps.
 
         A target that follows an alias which has moved since is pinned to the version that the
         alias meant then: following it would undo the rollback at once.
@@ -241,7 +254,7 @@ class Deployments:
             present = await self._lock(work, name, old.etag)
             await work.deployments.keep_versions(versions)
             await self._check_placeable(work, spec, {v.key: v for v in versions})
-            await self._store(work, present, present, spec, actor, f"rollback to {target}")
+            await self._store(work, present, present, spec, actor, f"rollback to {target}", at_once=True)
             await work.commit()
         self._wakeup.wake()
         return await self.get(name)
@@ -300,7 +313,7 @@ class Deployments:
             Target(t.model, t.weight, v.key.number, t.alias) for t, v in zip(targets, versions, strict=True)
         )
         check_resolved(resolved)
-        spec = Spec(resolved, asked.replicas, asked.resources, asked.batching)
+        spec = Spec(resolved, asked.replicas, asked.resources, asked.batching, asked.constraints)
         return spec, {v.key: v for v in versions}
 
     async def _pin(self, revision: Revision) -> tuple[Spec, Collection[Version]]:
@@ -336,12 +349,20 @@ class Deployments:
         return deployment
 
     async def _store(
-        self, work: Work, old: Deployment, changed: Deployment, spec: Spec, actor: str, cause: str
+        self,
+        work: Work,
+        old: Deployment,
+        changed: Deployment,
+        spec: Spec,
+        actor: str,
+        cause: str,
+        *,
+        at_once: bool = False,
     ) -> Deployment:
         """Stores a new revision; asking for what is asked for already makes none."""
         if changed == old and spec == old.asked:
             return old
-        stored = changed.ask(spec, datetime.now(UTC), actor)
+        stored = changed.ask(spec, datetime.now(UTC), actor, at_once=at_once)
         await work.deployments.replace(stored)
         await work.deployments.add_revision(stored, cause)
         return stored

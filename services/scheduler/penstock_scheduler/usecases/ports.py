@@ -9,10 +9,11 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from penstock_scheduler.domain.constraints import Taint
-from penstock_scheduler.domain.deployment import Deployment, Revision
+from penstock_scheduler.domain.deployment import Deployment, Revision, Target
 from penstock_scheduler.domain.node import Node
 from penstock_scheduler.domain.planner import Plan
 from penstock_scheduler.domain.replica import Replica
+from penstock_scheduler.domain.rollout import Rollout
 from penstock_scheduler.domain.version import Version, VersionKey
 
 
@@ -168,12 +169,45 @@ class ClusterStore(Protocol):
         """A page by holder."""
 
 
+class RolloutStore(Protocol):
+    """Rollouts, and what served when, in the open transaction."""
+
+    async def keep(self, deployment: Deployment, rollout: Rollout) -> None:
+        """Stores a rollout for ever, over what was stored of it before."""
+
+    async def decided(self, before: Deployment, after: Deployment) -> None:
+        """Stores what the loop decided on a deployment.
+
+        Raises:
+            Aborted: somebody changed it, or its rollout, since it was read.
+        """
+
+    async def get(self, deployment: Deployment, number: int) -> Rollout | None:
+        """One rollout."""
+
+    async def page(self, deployment: Deployment, before: int, limit: int) -> Sequence[Rollout]:
+        """A page, newest first, of those with a number below `before` (0: all)."""
+
+    async def serves(self, uid: int, targets: tuple[Target, ...], now: datetime) -> None:
+        """Keeps what callers of a deployment get from now on; nothing if nothing answers."""
+
+    async def served_last(self) -> Mapping[int, tuple[Target, ...]]:
+        """What was kept last, by uid of the deployments that are not gone."""
+
+    async def served_at(self, name: str, moment: datetime) -> tuple[tuple[Target, ...], datetime] | None:
+        """What callers of that name got at a moment, and since when; None if nobody knows."""
+
+
 class Work(Protocol):
     """A transaction; leaving it without `commit` changes nothing."""
 
     @property
     def deployments(self) -> DeploymentStore:
         """Deployments."""
+
+    @property
+    def rollouts(self) -> RolloutStore:
+        """Rollouts."""
 
     @property
     def cluster(self) -> ClusterStore:
@@ -256,6 +290,7 @@ __all__ = [
     "NodeView",
     "OperatorSays",
     "Registry",
+    "RolloutStore",
     "Stored",
     "Uses",
     "Wakeup",

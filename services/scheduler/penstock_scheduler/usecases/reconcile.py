@@ -20,6 +20,7 @@ from penstock_scheduler.usecases import metrics
 from penstock_scheduler.usecases.attach import AttachHub
 from penstock_scheduler.usecases.latest import Latest
 from penstock_scheduler.usecases.ports import ClusterStore, Leadership, Stored, Works
+from penstock_scheduler.usecases.rollout_loop import RolloutLoop
 from penstock_scheduler.usecases.traffic import Traffic
 from penstock_scheduler.usecases.wake import Wake
 
@@ -77,6 +78,7 @@ class Reconciler:
         self._policy = policy
         self._traffic = traffic
         self._plan = plan
+        self._rollouts = RolloutLoop(traffic)
         self._epoch: int | None = None
         self._led_since = 0.0
         self._awake_at = float("-inf")
@@ -128,13 +130,17 @@ class Reconciler:
             async with self._works() as work:
                 snapshot = self._snapshot(await work.cluster.load())
                 if self._epoch is not None:
+                    before = snapshot
+                    snapshot = await self._rollouts.move(work, snapshot, self._epoch)
                     changes = await asyncio.to_thread(self._plan, snapshot, self._policy)
-                    if changes:
+                    after = changes.after(snapshot) if changes else snapshot
+                    if await self._rollouts.record(work, after) or changes or snapshot is not before:
                         await work.cluster.apply(changes, self._epoch)
                         await self._prune(work.cluster)
                         await work.commit()
                         _log(snapshot, changes)
-                        snapshot = changes.after(snapshot)
+                        snapshot = after
+                    self._rollouts.done()
         except Aborted:
             # Somebody changed what the plan was made for: look again at once.
             self._checked_lead = float("-inf")

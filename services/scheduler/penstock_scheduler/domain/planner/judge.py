@@ -35,11 +35,11 @@ class Standing:
 
     def ready(self, groups: frozenset[GroupKey]) -> Counter[GroupKey]:
         """Counts the replicas that answer, by group."""
-        return Counter(
-            r.group
-            for r in self.replicas
-            if r.group in groups and r.state is ReplicaState.READY and r.group.version not in self.obstacles
-        )
+        counts = Counter(r.group for r in self.replicas if r.state is ReplicaState.READY)
+        for key in list(counts):
+            if key not in groups or key.version in self.obstacles:
+                del counts[key]
+        return counts
 
     def growing(self, wanted: int) -> bool:
         """Whether replicas are missing only because they were never there: none has failed or got lost."""
@@ -61,9 +61,9 @@ class Standing:
         waiting = [
             r
             for r in self.replicas
-            if r.group in self.asked
-            and r.message
+            if r.message
             and r.state in (ReplicaState.BACKOFF, ReplicaState.PENDING, ReplicaState.STARTING)
+            and r.group in self.asked
         ]
         worst = {ReplicaState.BACKOFF: 0, ReplicaState.PENDING: 1, ReplicaState.STARTING: 2}
         return min(waiting, key=lambda r: (worst[r.state], r.id), default=None)
@@ -95,6 +95,9 @@ def _verdict(standing: Standing, now: datetime, failing_seconds: float) -> tuple
 
     answering = sum(standing.ready(standing.serving).values()) > 0
     if deployment.serving != deployment.asked:
+        rollout = deployment.rollout
+        if answering and rollout is not None and not rollout.ended:
+            return DeploymentState.UPDATING, f"Rollout {rollout.number}: {rollout.message}{why}"
         if answering:
             return DeploymentState.UPDATING, f"The earlier targets answer until the new ones do.{why}"
         if crashing or deployment.state is DeploymentState.FAILED:

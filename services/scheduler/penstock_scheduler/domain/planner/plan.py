@@ -10,12 +10,11 @@ from datetime import datetime, timedelta
 
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
 from penstock_scheduler.domain.node import Node, NodeState
-from penstock_scheduler.domain.planner import drains, judge
+from penstock_scheduler.domain.planner import drains, judge, rank
 from penstock_scheduler.domain.planner.ensembles import Obstacles, obstacles
 from penstock_scheduler.domain.planner.feasible import Need, Rejection, usage_of
 from penstock_scheduler.domain.planner.fleet import Fleet
 from penstock_scheduler.domain.planner.measure import measured
-from penstock_scheduler.domain.planner.rank import select
 from penstock_scheduler.domain.planner.snapshot import Group, Snapshot, groups_of
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
 from penstock_scheduler.domain.resources import DEFAULTS, Defaults
@@ -228,9 +227,9 @@ class _Draft:
             if replica.placed and replica.wanted:
                 neighbours[replica.deployment][replica.node] += 1
         left_over: list[tuple[Replica, Need]] = []
-        for replica in sorted(waiting, key=lambda r: (r.create_time, r.id)):
+        for replica in sorted(waiting, key=rank.turn):
             need = self._need(replica)
-            place = select(fleet, need, neighbours[replica.deployment])
+            place = rank.select(fleet, need, neighbours[replica.deployment])
             if place is None:
                 left_over.append((replica, need))
                 continue
