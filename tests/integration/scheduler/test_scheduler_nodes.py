@@ -198,12 +198,53 @@ async def test_a_gpu_that_vanished_is_taken_from_who_held_it(bench: Any, client:
         (node_service_pb2.AttachRequest(node=node_pb2.Node(name="n1")), "nodes/{node}"),
         (
             node_service_pb2.AttachRequest(node=node_pb2.Node(name="nodes/n1", memory_bytes=-1)),
-            "negative amount",
+            "reports -1 as its memory_bytes",
+        ),
+        (
+            node_service_pb2.AttachRequest(node=node_pb2.Node(name="nodes/n1", cpu_millis=2**62)),
+            "as its cpu_millis",
+        ),
+        (
+            node_service_pb2.AttachRequest(node=node_pb2.Node(name="nodes/n1", disk_bytes=-1)),
+            "reports -1 as its disk_bytes",
         ),
         (
             node_service_pb2.AttachRequest(
                 node=node_pb2.Node(
-                    name="nodes/n1", devices=[node_pb2.Device(id="a"), node_pb2.Device(id="a")]
+                    name="nodes/n1", devices=[node_pb2.Device(id="cpu", kind=node_pb2.DEVICE_KIND_GPU)]
+                )
+            ),
+            "alone is the processor",
+        ),
+        (
+            node_service_pb2.AttachRequest(
+                node=node_pb2.Node(name="nodes/n1", devices=[node_pb2.Device(id="a", kind=7)])
+            ),
+            "does not say what its device a is",
+        ),
+        (
+            node_service_pb2.AttachRequest(
+                node=node_pb2.Node(name="nodes/n1"),
+                replicas=[
+                    replica_pb2.ObservedReplica(
+                        name="replicas/r", state=replica_pb2.REPLICA_STATE_READY, memory_bytes=-1
+                    )
+                ],
+            ),
+            "memory_bytes -1",
+        ),
+        (
+            node_service_pb2.AttachRequest(
+                node=node_pb2.Node(name="nodes/n1"),
+                replicas=2
+                * [replica_pb2.ObservedReplica(name="replicas/r", state=replica_pb2.REPLICA_STATE_READY)],
+            ),
+            "reported twice",
+        ),
+        (
+            node_service_pb2.AttachRequest(
+                node=node_pb2.Node(
+                    name="nodes/n1", devices=2 * [node_pb2.Device(id="a", kind=node_pb2.DEVICE_KIND_GPU)]
                 )
             ),
             "not unique",
@@ -236,6 +277,7 @@ async def test_a_report_that_makes_no_sense_ends_the_stream(
         async for _ in stub.Attach(one()):
             pass
     assert words in refused.value.message
+    assert not (await client.stub.ListNodes(pb.ListNodesRequest())).nodes
 
 
 async def test_a_stream_cannot_change_its_node(bench: Any, client: Any) -> None:

@@ -12,7 +12,7 @@ from penstock.scheduler.v1 import node_service_pb2 as pb
 from penstock.scheduler.v1 import node_service_pb2_grpc
 from penstock_kit.errors import InvalidArgument, PenstockError
 from penstock_kit.lifecycle import TaskSet
-from penstock_scheduler.api import convert
+from penstock_scheduler.api import convert, node_messages
 from penstock_scheduler.usecases.attach import AttachHub, Session
 
 FIRST_MESSAGE_SECONDS = 10.0
@@ -34,8 +34,8 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
                 first = await anext(request_iterator)
         except (StopAsyncIteration, TimeoutError):
             raise InvalidArgument("An agent begins by saying what its node is; nothing came.") from None
-        node = convert.node_from_message(first.node)
-        replicas = convert.observed_from_messages(first.replicas)
+        node = node_messages.node_from_message(first.node)
+        replicas = node_messages.observed_from_messages(first.replicas)
         session = self._hub.open(node.name)
         self._hub.report(session, node, replicas)
         reader = self._tasks.spawn(f"reports of {node.name}", self._read(session, request_iterator))
@@ -50,12 +50,12 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
         """Takes reports up until the agent ends the stream."""
         try:
             async for request in requests:
-                node = convert.node_from_message(request.node)
+                node = node_messages.node_from_message(request.node)
                 if node.name != session.node:
                     raise InvalidArgument(
                         f"This stream is of nodes/{session.node}; attach anew as nodes/{node.name}."
                     )
-                self._hub.report(session, node, convert.observed_from_messages(request.replicas))
+                self._hub.report(session, node, node_messages.observed_from_messages(request.replicas))
         except PenstockError as error:
             session.end(error)
         else:

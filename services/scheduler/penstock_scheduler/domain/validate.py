@@ -184,12 +184,20 @@ def check_resources(resources: Resources) -> Resources:
     """Returns the resources.
 
     Raises:
-        InvalidArgument: a number is negative or absurd, or GPU memory is asked for without a GPU.
+        InvalidArgument: a number is negative or absurd, or GPU memory is given in two ways.
     """
     _between("resources.cpu_millis", resources.cpu_millis, 0, LARGEST_AMOUNT)
     _between("resources.memory_bytes", resources.memory_bytes, 0, LARGEST_AMOUNT)
     _between("resources.gpus", resources.gpus, 0, 1024)
     _between("resources.gpu_memory_bytes", resources.gpu_memory_bytes, 0, LARGEST_AMOUNT)
+    _between("resources.gpu_memory_millis", resources.gpu_memory_millis, 0, 1000)
+    _between("resources.disk_bytes", resources.disk_bytes, 0, LARGEST_AMOUNT)
+    if resources.gpu_memory_bytes and resources.gpu_memory_millis:
+        raise InvalidArgument(
+            "resources.gpu_memory_bytes and resources.gpu_memory_millis both say how much memory of each GPU; "
+            "give one of them.",
+            metadata={"field": "resources.gpu_memory_millis"},
+        )
     return resources
 
 

@@ -38,6 +38,7 @@ def upgrade() -> None:
         "nodes", sa.Column("taints", JSONB, nullable=False, server_default=sa.text("'[]'")), schema=SCHEMA
     )
     op.add_column("nodes", _text("message"), schema=SCHEMA)
+    op.add_column("nodes", _text("instance"), schema=SCHEMA)
     for name in ("disk_bytes", "disk_bytes_free", "disk_bytes_allocated"):
         op.add_column("nodes", _count(name), schema=SCHEMA)
     # A node that does not say what disk it has (an agent of an earlier release) is not bounded by it.
