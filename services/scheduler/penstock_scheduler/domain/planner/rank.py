@@ -8,6 +8,25 @@ import numpy as np
 
 from penstock_scheduler.domain.planner.feasible import Need, Placement
 from penstock_scheduler.domain.planner.fleet import Fleet, Numbers
+from penstock_scheduler.domain.replica import Replica
+
+
+def turn(replica: Replica) -> tuple[object, ...]:
+    """Sorts replicas that wait: who waits longest first; of those that came together, the largest first.
+
+    What is small finds room between what is large, seldom the other way round ("best fit decreasing").
+    """
+    needs = replica.resources
+    return (
+        replica.create_time,
+        -needs.gpus,
+        not needs.exclusive,
+        -needs.gpu_memory_millis,
+        -needs.gpu_memory_bytes,
+        -needs.memory_bytes,
+        -needs.cpu_millis,
+        replica.id,
+    )
 
 
 def select(fleet: Fleet, need: Need, neighbours: Mapping[str, int]) -> Placement | None:
