@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from sqlalchemy import Integer, func, select, update
+from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -98,7 +99,7 @@ class SqlRollouts:
             select(ServedRow.deployment_uid, ServedRow.targets)
             .join(DeploymentRow, DeploymentRow.uid == ServedRow.deployment_uid)
             .where(DeploymentRow.delete_time.is_(None))
-            .distinct(ServedRow.deployment_uid)
+            .ext(distinct_on(ServedRow.deployment_uid))
             .order_by(ServedRow.deployment_uid, ServedRow.time.desc())
         )
         return {uid: targets_from_json(targets) for uid, targets in await self._session.execute(query)}
