@@ -25,6 +25,7 @@ app = typer.Typer(
 
 app.command(rich_help_panel=_MESH)(mesh.up)
 app.command(rich_help_panel=_MESH)(mesh.down)
+app.command(rich_help_panel=_MESH)(mesh.restart)
 app.command(rich_help_panel=_MESH)(mesh.status)
 app.command(rich_help_panel=_MESH)(mesh.logs)
 app.command(rich_help_panel=_MESH)(demo.demo)

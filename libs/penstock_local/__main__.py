@@ -1,4 +1,4 @@
-"""`python -m penstock_local up|down|status`: the same as the `penstock` command, without it."""
+"""`python -m penstock_local up|down|restart|status`: the same as the `penstock` command, without it."""
 
 import argparse
 import asyncio
@@ -13,6 +13,7 @@ from rich.console import Console
 from penstock_kit.errors import PenstockError
 from penstock_local.commands import down, status, up
 from penstock_local.options import MeshOptions, default_data_dir
+from penstock_local.restart import restart
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -23,10 +24,13 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     start.add_argument("--gateways", type=int, default=1)
     start.add_argument("--workers", type=int, default=1)
+    start.add_argument("--schedulers", type=int, default=1)
     start.add_argument("--detach", action="store_true", help="leave it running in the background")
     start.add_argument("--ready-seconds", type=float, default=120.0)
     start.add_argument("--not-durable", action="store_true", help="for tests: flush nothing to disk")
     commands.add_parser("down", help="stop the mesh")
+    again = commands.add_parser("restart", help="restart its services one after another")
+    again.add_argument("names", nargs="*", help="which; default is all")
     commands.add_parser("status", help="ask every process whether it answers").add_argument(
         "--json", action="store_true"
     )
@@ -45,6 +49,7 @@ async def _run(arguments: argparse.Namespace) -> int:
                 port=arguments.port,
                 gateways=arguments.gateways,
                 workers=arguments.workers,
+                schedulers=arguments.schedulers,
                 durable=not arguments.not_durable,
                 ready_seconds=arguments.ready_seconds,
             )
@@ -52,6 +57,8 @@ async def _run(arguments: argparse.Namespace) -> int:
         case "down":
             record = await down(arguments.data_dir)
             console.print(f"Stopped the mesh on {record.url}.")
+        case "restart":
+            await restart(arguments.data_dir, arguments.names, say=console.print)
         case _:
             found = await status(arguments.data_dir)
             if arguments.json:

@@ -317,6 +317,7 @@ def arguments(options: MeshOptions) -> list[str]:
     """The options as arguments of `penstock_local up`; what may be secret goes by the environment."""
     words = ["--data-dir", str(options.data_dir), "--host", options.host, "--port", str(options.port)]
     words += ["--gateways", str(options.gateways), "--workers", str(options.workers)]
+    words += ["--schedulers", str(options.schedulers)]
     words += ["--ready-seconds", str(options.ready_seconds)]
     return words if options.durable else [*words, "--not-durable"]
 

@@ -65,12 +65,15 @@ ServicePlan = Callable[[Layout], Sequence[ServiceSpec]]
 
 
 def services(layout: Layout) -> list[ServiceSpec]:
-    """The services of a mesh: one registry, one scheduler, workers and gateways."""
+    """The services of a mesh: one registry, schedulers, workers and gateways."""
+    schedulers = numbered("scheduler", layout.options.schedulers)
+    if len(schedulers) == 1:
+        schedulers = ["scheduler"]
     shared = {
         "PENSTOCK_DATABASE_URL": layout.database_url,
         "PENSTOCK_REDIS_URL": layout.redis_url,
         "PENSTOCK_REGISTRY_ADDRESS": layout.socket("registry"),
-        "PENSTOCK_SCHEDULER_ADDRESS": layout.socket("scheduler"),
+        "PENSTOCK_SCHEDULER_ADDRESS": ",".join(layout.socket(name) for name in schedulers),
         "PENSTOCK_MIGRATE_ON_START": "true",
         "PYTHONUNBUFFERED": "1",
         MARK: str(layout.options.data_dir),
@@ -97,12 +100,12 @@ def services(layout: Layout) -> list[ServiceSpec]:
         )
 
     specs = []
-    for name in ("registry", "scheduler"):
-        address = layout.socket(name)
-        listen = {f"PENSTOCK_{name.upper()}_LISTEN": address}
-        specs.append(
-            spec(name, f"penstock_{name}", _SERVICES, address, Health(HealthKind.GRPC, address), **listen)
-        )
+    for service, names in (("registry", ["registry"]), ("scheduler", schedulers)):
+        for name in names:
+            address = layout.socket(name)
+            listen = {f"PENSTOCK_{service.upper()}_LISTEN": address}
+            health = Health(HealthKind.GRPC, address)
+            specs.append(spec(name, f"penstock_{service}", _SERVICES, address, health, **listen))
     share = _share_of_machine(layout.options.workers)
     for name in numbered("worker", layout.options.workers):
         address = layout.socket(name)

@@ -23,6 +23,7 @@ class MeshOptions:
         port: Where the gateway listens; 0 takes a free port.
         gateways: Gateway processes; they share the port.
         workers: Worker agents, each a node.
+        schedulers: Scheduler processes; one of them leads.
         database_url: A PostgreSQL to use instead of an embedded one.
         redis_url: A Redis to use instead of an embedded one.
         durable: False for tests: the embedded servers flush nothing to disk.
@@ -35,6 +36,7 @@ class MeshOptions:
     port: int = 8080
     gateways: int = 1
     workers: int = 1
+    schedulers: int = 1
     database_url: str = field(default_factory=lambda: os.environ.get("PENSTOCK_DATABASE_URL", ""))
     redis_url: str = field(default_factory=lambda: os.environ.get("PENSTOCK_REDIS_URL", ""))
     durable: bool = True
@@ -47,6 +49,11 @@ class MeshOptions:
             raise InvalidArgument(
                 f"--port {self.port} is not a port; choose one from 1 to 65535, or 0 for a free one."
             )
-        for flag, count in (("--gateways", self.gateways), ("--workers", self.workers)):
+        counts = {
+            "--gateways": self.gateways,
+            "--workers": self.workers,
+            "--schedulers": self.schedulers,
+        }
+        for flag, count in counts.items():
             if not 1 <= count <= 64:
                 raise InvalidArgument(f"{flag} {count} is out of range; choose 1 to 64.")

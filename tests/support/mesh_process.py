@@ -33,6 +33,7 @@ class Mesh:
         *,
         gateways: int = 1,
         workers: int = 1,
+        schedulers: int = 1,
         durable: bool = False,
         env: dict[str, str] | None = None,
     ) -> None:
@@ -42,6 +43,7 @@ class Mesh:
         self._command += [] if durable else ["--not-durable"]
         self._command += ["--data-dir", str(data_dir), "--ready-seconds", str(_START_SECONDS)]
         self._command += ["--gateways", str(gateways), "--workers", str(workers)]
+        self._command += ["--schedulers", str(schedulers)]
         # The settings of who runs the tests are not the tests'.
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PENSTOCK_")}
         self._env = {**clean, **(env or {})}

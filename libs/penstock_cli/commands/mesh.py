@@ -1,4 +1,4 @@
-"""The mesh on this machine: up, down, status, logs."""
+"""The mesh on this machine: up, down, restart, status, logs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def up(
     host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
     gateways: Annotated[int, typer.Option(min=1, help="Gateway processes; they share the port.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Worker agents, each a node.")] = 1,
+    schedulers: Annotated[int, typer.Option(min=1, help="Scheduler processes; one of them leads.")] = 1,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Leave it running in the background.")
     ] = False,
@@ -42,7 +43,12 @@ def up(
     from penstock_local.options import MeshOptions, default_data_dir
 
     options = MeshOptions(
-        data_dir=data_dir or default_data_dir(), host=host, port=port, gateways=gateways, workers=workers
+        data_dir=data_dir or default_data_dir(),
+        host=host,
+        port=port,
+        gateways=gateways,
+        workers=workers,
+        schedulers=schedulers,
     )
     if json and not detach:
         raise InvalidArgument("--json goes with --detach: otherwise the mesh runs until Ctrl-C.")
@@ -61,6 +67,19 @@ def down(data_dir: DataDir = None, json: Json = False) -> None:
         print_json({"stopped": record.url})
     else:
         say(f"Stopped the mesh on {record.url}.")
+
+
+def restart(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]…", help="Processes as `penstock status` names them.")
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Restart the services of the mesh on this machine, one after another; it serves meanwhile."""
+    require_local()
+    from penstock_local import restart as rolling
+
+    asyncio.run(rolling.restart(data_dir, names or (), say=say))
 
 
 def status(data_dir: DataDir = None, json: Json = False) -> None:

@@ -134,9 +134,10 @@ class Scheduler:
     async def stop(self) -> None:
         """Ends the streams and calls, gives the lead to another scheduler, closes what is open."""
         self._hub.stop()
-        await self._server.stop(grace=1.0)
+        # Another one leads while the last calls end here.
         await self._tasks.stop()
         await self._leadership.release()
+        await self._server.stop(grace=1.0)
         await self._channel.close()
         await self._engine.dispose()
 

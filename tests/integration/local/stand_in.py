@@ -44,6 +44,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     host, _, port = arguments.listen.rpartition(":")
     if "/" in arguments.listen:
+        Path(arguments.listen).unlink(missing_ok=True)  # left by the one before
         server = socket.socket(socket.AF_UNIX)
         server.bind(arguments.listen)
     else:

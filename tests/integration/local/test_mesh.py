@@ -12,12 +12,13 @@ from typing import Any
 import psutil
 import pytest
 
-from penstock_kit.errors import InvalidArgument
+from penstock_kit.errors import InvalidArgument, NotFound
 from penstock_local.commands import MeshStatus, arguments, down, duration, status
 from penstock_local.embedded import EmbeddedPostgres, EmbeddedRedis
 from penstock_local.errors import DataDirectoryUnusable, NotRunning
 from penstock_local.mesh import LocalMesh
 from penstock_local.options import MeshOptions
+from penstock_local.restart import restart
 from penstock_local.state import LAYOUT, DataDirectory, MeshRecord
 from penstock_local.supervisor import rotate
 
@@ -180,6 +181,25 @@ def test_it_stops_in_reverse_order(up: Up, tmp_path: Path, eventually: Eventuall
     assert ended[2:] == ["worker-1", "registry"]
 
 
+async def test_services_are_restarted_one_after_another(up: Up, data_dir: Path) -> None:
+    mesh = up()
+    before = {name: mesh.pid_of(name) for name in ("registry", "worker-1", "gateway-1", "gateway-2")}
+    said: list[str] = []
+    await restart(data_dir, say=said.append)
+    assert [line.partition(" ")[0] for line in said] == list(before)
+    assert all(mesh.pid_of(name) not in (None, pid) for name, pid in before.items())
+    await restart(data_dir, ["worker-1"], say=said.append)
+    assert said[-1].startswith("worker-1 is back")
+
+
+async def test_only_a_running_mesh_and_its_own_services_are_restarted(up: Up, data_dir: Path) -> None:
+    with pytest.raises(NotRunning):
+        await restart(data_dir)
+    up()
+    with pytest.raises(NotFound, match="registry, worker-1"):
+        await restart(data_dir, ["postgres"])
+
+
 def test_a_second_up_says_where_the_first_one_is(up: Up, data_dir: Path, free_port: int) -> None:
     first = up()
     said = up(wait=False).fails()
@@ -340,7 +360,9 @@ async def test_a_record_whose_process_number_was_given_away_counts_as_none(data_
         await down(data_dir)
 
 
-@pytest.mark.parametrize("wrong", [{"port": -1}, {"port": 65536}, {"gateways": 0}, {"workers": 65}])
+@pytest.mark.parametrize(
+    "wrong", [{"port": -1}, {"port": 65536}, {"gateways": 0}, {"workers": 65}, {"schedulers": 0}]
+)
 def test_options_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(InvalidArgument, match=f"--{next(iter(wrong))}"):
         MeshOptions(**wrong)  # type: ignore[arg-type]
