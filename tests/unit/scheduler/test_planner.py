@@ -161,12 +161,29 @@ def test_a_gpu_asked_for_without_memory_is_held_alone() -> None:
     world.run()
     held = {r.deployment: r.devices for r in world.replicas if r.placed}
     assert len(held) == 2
-    assert held["d1"] != held["d2"]
+    # The largest come first of those that come together.
+    assert held["d1"] != held["d3"]
     (waiting,) = (r for r in world.replicas if r.state is ReplicaState.PENDING)
     assert waiting.message == (
-        "No node has room for it. The closest, nodes/a, lacks GPUs that nobody uses "
+        "No node has room for it. The closest, nodes/a, lacks GPUs with 1024 MiB free "
         "(needs 1, has 0 such of 2)."
     )
+
+
+def test_who_waits_longer_goes_first_however_large_others_are() -> None:
+    whole, part = Resources(gpus=1), Resources(gpus=1, gpu_memory_bytes=GIB)
+    world = World([], [deployment("small", resources=part)], [version()])
+    world.step()
+    late = deployment("large", resources=whole)
+    world.snapshot = replace(
+        world.snapshot,
+        now=NOW + timedelta(seconds=1),
+        deployments={**world.snapshot.deployments, "large": late},
+        nodes={"a": node("a", gpus=1)},
+        reports={"a": Report(node("a", gpus=1))},
+    )
+    world.run()
+    assert [r.deployment for r in world.on("a")] == ["small"]
 
 
 def test_a_waiting_replica_names_the_closest_node_and_what_lacks() -> None:

@@ -34,9 +34,14 @@ MOST = 2**62
 
 @dataclass(slots=True)
 class _Fitting:
-    """The nodes that may fit one need: `rows`, as true as it was when `seen` changes had been made."""
+    """The nodes that may fit one need, as true as it was when `seen` changes had been made.
+
+    `tightest` has the free memory of the GPU in use that would be fullest with it; MOST where an unused
+    one is needed.
+    """
 
     rows: Flags
+    tightest: Numbers
     seen: int
 
 
@@ -78,6 +83,10 @@ class Fleet:
     def rows(self, need: Need) -> Numbers:
         """The nodes that may have room, by name."""
         return np.flatnonzero(self._fit(need).rows)
+
+    def tightest(self, need: Need) -> Numbers:
+        """Free memory of the GPU in use that such a replica fills best, by row; MOST where none is in use."""
+        return self._fit(need).tightest
 
     def settle(self, need: Need, row: int) -> Placement | None:
         """Says where on a node the replica goes; None if it does not fit there after all."""
@@ -156,11 +165,14 @@ class Fleet:
         known = self._fitting.get(need)
         if known is None:
             admitted, _ = self._admit(need)
-            known = _Fitting(admitted & self._has_room(need.resources), len(self._changes))
+            room = admitted & self._has_room(need.resources)
+            known = _Fitting(room, self._tightest(need.resources), len(self._changes))
             self._fitting[need] = known
         else:
             for row in self._changes[known.seen :]:
                 known.rows[row] &= self._still_has_room(row, need.resources)
+                if need.resources.gpus and known.rows[row]:
+                    known.tightest[row] = self._tightest_of(row, need.resources)
             known.seen = len(self._changes)
         return known
 
@@ -175,6 +187,33 @@ class Fleet:
         own = slice(int(self.edges[row]), int(self.edges[row + 1]))
         fits = self.gpu_shared[own] & (self.gpu_free[own] >= self._share(own, resources))
         return bool(np.count_nonzero(fits) >= resources.gpus)
+
+    def _tightest(self, resources: Resources) -> Numbers:
+        tightest: Numbers = np.full(len(self.usages), MOST, np.int64)
+        if not resources.gpus or resources.exclusive or not len(self.gpu_free):
+            return tightest
+        fits = self._in_use(slice(None), resources)
+        free = np.where(fits, self.gpu_free, MOST)
+        # `reduceat` knows no empty parts: of nodes without GPUs there is nothing to be said.
+        having = self.gpu_count > 0
+        begins = self.edges[:-1][having]
+        enough = np.add.reduceat(fits.astype(np.int64), begins) >= resources.gpus
+        tightest[having] = np.where(enough, np.minimum.reduceat(free, begins), MOST)
+        return tightest
+
+    def _tightest_of(self, row: int, resources: Resources) -> int:
+        """The same as `_tightest`, of one node."""
+        if resources.exclusive:
+            return MOST
+        own = slice(int(self.edges[row]), int(self.edges[row + 1]))
+        fits = self._in_use(own, resources)
+        enough = np.count_nonzero(fits) >= resources.gpus
+        return int(self.gpu_free[own][fits].min()) if enough else MOST
+
+    def _in_use(self, gpus: slice, resources: Resources) -> Flags:
+        """Which GPUs others use already, and have room."""
+        share = self._share(gpus, resources)
+        return self.gpu_shared[gpus] & ~self.gpu_untouched[gpus] & (self.gpu_free[gpus] >= share)
 
     def _has_room(self, resources: Resources) -> Flags:
         room = (self.free_cpu >= resources.cpu_millis) & (self.free_memory >= resources.memory_bytes)

@@ -34,8 +34,9 @@ def select(fleet: Fleet, need: Need, neighbours: Mapping[str, int]) -> Placement
 
     1. few replicas of the same deployment on the node, so that the loss of a node costs little;
     2. the node has the bundle in its cache, so that it starts sooner;
-    3. GPUs are packed: a replica that needs them goes where the fewest stay free, one that does not
-       stays away from nodes that have them;
+    3. GPUs are packed: a replica that needs a part of one goes where a GPU in use is left the fullest, and
+       if it needs unused ones, where the fewest of those are; one that needs none stays away from nodes
+       that have them;
     4. much free memory;
     5. the name, so that the choice is repeatable.
 
@@ -62,6 +63,7 @@ def _best(fleet: Fleet, need: Need, neighbours: Mapping[str, int], rows: Numbers
     if caching is not None and caching[rows].any():
         rows = rows[caching[rows]]
     if need.resources.gpus:
+        rows = _least(rows, fleet.tightest(need)[rows])
         rows = _least(rows, fleet.untouched[rows])
         rows = _least(rows, fleet.free_gpu_memory[rows])
     else:
