@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,14 @@ LATENCY_BUCKETS = 64
 _NO_LATENCIES = (0,) * LATENCY_BUCKETS
 _FIRST_BOUND_SECONDS = 100e-6
 _BUCKETS_PER_DOUBLING = 4
+
+
+def latency_bucket(seconds: float) -> int:
+    """The bucket in which an answer that took so long is counted."""
+    if seconds <= _FIRST_BOUND_SECONDS:
+        return 0
+    bucket = int(_BUCKETS_PER_DOUBLING * math.log2(seconds / _FIRST_BOUND_SECONDS))
+    return min(bucket, LATENCY_BUCKETS - 1)
 
 
 class TrafficKey(NamedTuple):
