@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from penstock.errors import InvalidArgument
 
@@ -24,7 +24,16 @@ def byte_count(option: str, text: str) -> int:
     return round(float(match[1]) * _UNITS[match[2] or ""])
 
 
-def words(option: str, texts: Sequence[str] | None) -> dict[str, str]:
+def taints(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """Return KEY[=VALUE] texts as a dict; without a value it is empty.
+
+    Raises:
+        InvalidArgument: A key is empty or given twice.
+    """
+    return words(option, [text if "=" in text else f"{text}=" for text in texts])
+
+
+def words(option: str, texts: Iterable[str] | None) -> dict[str, str]:
     """Return KEY=VALUE texts as a dict.
 
     Raises:

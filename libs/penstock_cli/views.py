@@ -115,6 +115,11 @@ def show_deployment(deployment: deployment_pb2.Deployment, replicas: Sequence[re
             ("replicas", f"{deployment.ready_replicas} ready, {deployment.replicas or 1} wanted per target"),
             ("equal requests", describe_cache(deployment.cache) if deployment.HasField("cache") else ""),
             ("labels", pairs(deployment.labels)),
+            ("nodes with", pairs(deployment.node_selector)),
+            (
+                "bears",
+                " ".join(filter(None, (f"{t.key}={t.value}".rstrip("=") for t in deployment.tolerations))),
+            ),
             ("changed", " by ".join(filter(None, (ago(deployment.update_time), deployment.updated_by)))),
         )
     )
@@ -187,11 +192,14 @@ def show_node(node: node_pb2.Node, replicas: Sequence[replica_pb2.Replica]) -> N
     print_facts(
         (
             ("node", short(node.name)),
-            ("state", state(node_pb2.NodeState, node.state, "NODE_STATE_")),
+            ("state", _node_state(node)),
+            ("why", node.message),
             ("cores", _cores(node)),
             ("memory", f"{size(node.memory_bytes_allocated)} of {size(node.memory_bytes)} given out"),
+            ("disk", _disk(node)),
             ("runtimes", " ".join(node.runtimes)),
             ("labels", pairs(node.labels)),
+            ("taints", pairs({taint.key: taint.value for taint in node.taints})),
             ("bundles", len(node.cached_digests)),
             ("address", node.address),
             ("release", node.agent_version),
@@ -225,7 +233,7 @@ def print_nodes(nodes: Sequence[node_pb2.Node]) -> None:
         (
             (
                 short(node.name),
-                state(node_pb2.NodeState, node.state, "NODE_STATE_"),
+                _node_state(node),
                 _cores(node),
                 f"{size(node.memory_bytes_allocated)} of {size(node.memory_bytes)}",
                 sum(device.kind == node_pb2.DEVICE_KIND_GPU for device in node.devices),
@@ -236,6 +244,20 @@ def print_nodes(nodes: Sequence[node_pb2.Node]) -> None:
         ),
         empty="No node has attached yet; the worker's log says why (`penstock status`).",
     )
+
+
+def _node_state(node: node_pb2.Node) -> str:
+    """Return its state, with what operators said: `ready, draining`."""
+    said = "draining" if node.draining else "cordoned" if node.cordoned else ""
+    return ", ".join(filter(None, (state(node_pb2.NodeState, node.state, "NODE_STATE_"), said)))
+
+
+def _disk(node: node_pb2.Node) -> str:
+    """Return the disk of its bundles; nothing for a node that does not say."""
+    if not node.disk_bytes:
+        return ""
+    given = f"{size(node.disk_bytes_allocated)} of {size(node.disk_bytes)} given out"
+    return f"{given}, {size(node.disk_bytes_free)} free"
 
 
 def _cores(node: node_pb2.Node) -> str:

@@ -1,4 +1,4 @@
-"""Deployments, and the nodes and replicas that carry them."""
+"""Deployments: what is offered under a name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import grpc
 from google.protobuf import field_mask_pb2
 
 from penstock._async import io
-from penstock._async.transfer import AsyncTransfers
+from penstock._async.nodes import AsyncNodes
 from penstock.common.v1 import resources_pb2
 from penstock.errors import (
     AlreadyExists,
@@ -19,7 +19,7 @@ from penstock.errors import (
     Reason,
 )
 from penstock.names import parse_version, resource, short
-from penstock.scheduler.v1 import deployment_pb2, node_pb2, replica_pb2
+from penstock.scheduler.v1 import deployment_pb2
 from penstock.scheduler.v1 import scheduler_service_pb2 as scheduler
 from penstock.traffic import describe_state, parse_traffic
 from penstock.transport import Attempts, new_request_id, translate
@@ -30,8 +30,8 @@ _MAX_DURATION_SECONDS = 3e11
 DeploymentCallback = Callable[[deployment_pb2.Deployment], None]
 
 
-class AsyncDeployments(AsyncTransfers):
-    """What is offered under a name, and what carries it."""
+class AsyncDeployments(AsyncNodes):
+    """What is offered under a name."""
 
     async def deploy(
         self,
@@ -45,6 +45,8 @@ class AsyncDeployments(AsyncTransfers):
         batching: resources_pb2.Batching | None = None,
         labels: Mapping[str, str] | None = None,
         max_queue_depth: int | None = None,
+        node_selector: Mapping[str, str] | None = None,
+        tolerations: Mapping[str, str] | None = None,
         cache: bool | None = None,
         cache_ttl: float | None = None,
         cache_bytes: int | None = None,
@@ -64,6 +66,8 @@ class AsyncDeployments(AsyncTransfers):
             batching: How requests are joined, where the manifest's wish is not to be followed.
             labels: Free key-value pairs.
             max_queue_depth: Unanswered requests at one gateway at most.
+            node_selector: Labels that a node must have, with these values; {} lifts what was asked before.
+            tolerations: Taints of nodes that its replicas bear, by key; any value of it where that is empty.
             cache: Keep answers and give them to equal requests; for models whose answer depends on their
                 input alone.
             cache_ttl: Seconds that an answer is kept.
@@ -86,6 +90,10 @@ class AsyncDeployments(AsyncTransfers):
             batching=batching,
             labels=labels or {},
             max_queue_depth=max_queue_depth or 0,
+            node_selector=node_selector or {},
+            tolerations=[
+                deployment_pb2.Toleration(key=key, value=value) for key, value in (tolerations or {}).items()
+            ],
             cache=_cache(cache, cache_ttl, cache_bytes, coalesce),
         )
         given = {
@@ -95,6 +103,8 @@ class AsyncDeployments(AsyncTransfers):
             "batching": batching,
             "labels": labels,
             "max_queue_depth": max_queue_depth,
+            "node_selector": node_selector,
+            "tolerations": tolerations,
             "cache.enabled": cache,
             "cache.ttl": cache_ttl,
             "cache.max_bytes": cache_bytes,
@@ -248,43 +258,6 @@ class AsyncDeployments(AsyncTransfers):
                     ) from error
                 pause = attempts.pause_after(failure)
             await io.sleep(pause)
-
-    async def get_node(self, name: str) -> node_pb2.Node:
-        """Return a node with its devices and what of it is given out."""
-        return await self._unary(
-            self._scheduler.GetNode, scheduler.GetNodeRequest(name=resource("nodes", name))
-        )
-
-    async def list_nodes(self, *, limit: int | None = None) -> list[node_pb2.Node]:
-        """Return all nodes."""
-        return await self._list(
-            self._scheduler.ListNodes, scheduler.ListNodesRequest(), lambda page: page.nodes, limit
-        )
-
-    async def list_replicas(
-        self,
-        *,
-        deployment: str = "",
-        node: str = "",
-        show_stopped: bool = False,
-        limit: int | None = None,
-    ) -> list[replica_pb2.Replica]:
-        """Return replicas: all, or those of one deployment or on one node."""
-        request = scheduler.ListReplicasRequest(
-            deployment=resource("deployments", deployment) if deployment else "",
-            node=resource("nodes", node) if node else "",
-            show_stopped=show_stopped,
-        )
-        return await self._list(self._scheduler.ListReplicas, request, lambda page: page.replicas, limit)
-
-    async def list_allocations(
-        self, *, node: str = "", limit: int | None = None
-    ) -> list[node_pb2.Allocation]:
-        """Return what is given out: everywhere, or on one node."""
-        request = scheduler.ListAllocationsRequest(node=resource("nodes", node) if node else "")
-        return await self._list(
-            self._scheduler.ListAllocations, request, lambda page: page.allocations, limit
-        )
 
     async def _targets(
         self, model: str, traffic: Mapping[str | int, int] | None

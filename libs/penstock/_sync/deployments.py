@@ -1,5 +1,5 @@
 # Made from _async/deployments.py by libs/make_sync.py; edit that and run it again.
-"""Deployments, and the nodes and replicas that carry them."""
+"""Deployments: what is offered under a name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import grpc
 from google.protobuf import field_mask_pb2
 
 from penstock._sync import io
-from penstock._sync.transfer import Transfers
+from penstock._sync.nodes import Nodes
 from penstock.common.v1 import resources_pb2
 from penstock.errors import (
     AlreadyExists,
@@ -20,7 +20,7 @@ from penstock.errors import (
     Reason,
 )
 from penstock.names import parse_version, resource, short
-from penstock.scheduler.v1 import deployment_pb2, node_pb2, replica_pb2
+from penstock.scheduler.v1 import deployment_pb2
 from penstock.scheduler.v1 import scheduler_service_pb2 as scheduler
 from penstock.traffic import describe_state, parse_traffic
 from penstock.transport import Attempts, new_request_id, translate
@@ -31,8 +31,8 @@ _MAX_DURATION_SECONDS = 3e11
 DeploymentCallback = Callable[[deployment_pb2.Deployment], None]
 
 
-class Deployments(Transfers):
-    """What is offered under a name, and what carries it."""
+class Deployments(Nodes):
+    """What is offered under a name."""
 
     def deploy(
         self,
@@ -46,6 +46,8 @@ class Deployments(Transfers):
         batching: resources_pb2.Batching | None = None,
         labels: Mapping[str, str] | None = None,
         max_queue_depth: int | None = None,
+        node_selector: Mapping[str, str] | None = None,
+        tolerations: Mapping[str, str] | None = None,
         cache: bool | None = None,
         cache_ttl: float | None = None,
         cache_bytes: int | None = None,
@@ -65,6 +67,8 @@ class Deployments(Transfers):
             batching: How requests are joined, where the manifest's wish is not to be followed.
             labels: Free key-value pairs.
             max_queue_depth: Unanswered requests at one gateway at most.
+            node_selector: Labels that a node must have, with these values; {} lifts what was asked before.
+            tolerations: Taints of nodes that its replicas bear, by key; any value of it where that is empty.
             cache: Keep answers and give them to equal requests; for models whose answer depends on their
                 input alone.
             cache_ttl: Seconds that an answer is kept.
@@ -87,6 +91,10 @@ class Deployments(Transfers):
             batching=batching,
             labels=labels or {},
             max_queue_depth=max_queue_depth or 0,
+            node_selector=node_selector or {},
+            tolerations=[
+                deployment_pb2.Toleration(key=key, value=value) for key, value in (tolerations or {}).items()
+            ],
             cache=_cache(cache, cache_ttl, cache_bytes, coalesce),
         )
         given = {
@@ -96,6 +104,8 @@ class Deployments(Transfers):
             "batching": batching,
             "labels": labels,
             "max_queue_depth": max_queue_depth,
+            "node_selector": node_selector,
+            "tolerations": tolerations,
             "cache.enabled": cache,
             "cache.ttl": cache_ttl,
             "cache.max_bytes": cache_bytes,
@@ -247,37 +257,6 @@ class Deployments(Transfers):
                     ) from error
                 pause = attempts.pause_after(failure)
             io.sleep(pause)
-
-    def get_node(self, name: str) -> node_pb2.Node:
-        """Return a node with its devices and what of it is given out."""
-        return self._unary(self._scheduler.GetNode, scheduler.GetNodeRequest(name=resource("nodes", name)))
-
-    def list_nodes(self, *, limit: int | None = None) -> list[node_pb2.Node]:
-        """Return all nodes."""
-        return self._list(
-            self._scheduler.ListNodes, scheduler.ListNodesRequest(), lambda page: page.nodes, limit
-        )
-
-    def list_replicas(
-        self,
-        *,
-        deployment: str = "",
-        node: str = "",
-        show_stopped: bool = False,
-        limit: int | None = None,
-    ) -> list[replica_pb2.Replica]:
-        """Return replicas: all, or those of one deployment or on one node."""
-        request = scheduler.ListReplicasRequest(
-            deployment=resource("deployments", deployment) if deployment else "",
-            node=resource("nodes", node) if node else "",
-            show_stopped=show_stopped,
-        )
-        return self._list(self._scheduler.ListReplicas, request, lambda page: page.replicas, limit)
-
-    def list_allocations(self, *, node: str = "", limit: int | None = None) -> list[node_pb2.Allocation]:
-        """Return what is given out: everywhere, or on one node."""
-        request = scheduler.ListAllocationsRequest(node=resource("nodes", node) if node else "")
-        return self._list(self._scheduler.ListAllocations, request, lambda page: page.allocations, limit)
 
     def _targets(
         self, model: str, traffic: Mapping[str | int, int] | None

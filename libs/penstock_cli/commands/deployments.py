@@ -16,7 +16,7 @@ from penstock.scheduler.v1 import deployment_pb2
 from penstock.traffic import describe_state, share_text, state_name, target_text
 from penstock_cli.commands.models import Yes, confirm, report_deleted
 from penstock_cli.groups import listing_group
-from penstock_cli.options import byte_count, shares, words
+from penstock_cli.options import byte_count, shares, taints, words
 from penstock_cli.output import ago, console, print_json, print_table, say, together
 from penstock_cli.session import ENDPOINT, Endpoint, Json, Limit, connect
 from penstock_cli.views import describe_cache, show_deployment
@@ -62,6 +62,16 @@ def deploy(
         float | None, typer.Option(min=1, metavar="MB", help="Megabytes of memory per replica.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs per replica.")] = None,
+    gpu_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=1, metavar="0.5", help="Part of the memory of each GPU, whichever it is."
+        ),
+    ] = None,
+    gpu_memory: Annotated[str | None, typer.Option(metavar="8GiB", help="Memory of each GPU.")] = None,
+    disk: Annotated[
+        str | None, typer.Option(metavar="2GiB", help="Disk for the bundle; its size where nobody says.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=0, help="Join requests up to this many rows.")] = None,
     delay: Annotated[
         float | None, typer.Option(min=0, metavar="MS", help="Milliseconds a request may wait for others.")
@@ -69,6 +79,16 @@ def deploy(
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="To find it again.")] = None,
     max_queue_depth: Annotated[
         int | None, typer.Option(min=1, help="Unanswered requests at one gateway at most.")
+    ] = None,
+    node_selector: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Only nodes with this label; repeat it. '' lifts it."),
+    ] = None,
+    tolerate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY[=VALUE]", help="Also nodes with this taint, or with any of the key; repeat it."
+        ),
     ] = None,
     cache: Annotated[
         bool | None,
@@ -94,9 +114,15 @@ def deploy(
     if target and (model or traffic):
         raise InvalidArgument("Give either --target, or --model and --traffic.")
     resources = None
-    if cpu is not None or memory is not None or gpus is not None:
+    if any(each is not None for each in (cpu, memory, gpus, gpu_share, gpu_memory, disk)):
         resources = resources_pb2.Resources(
-            cpu_millis=round((cpu or 0) * 1000), memory_bytes=round((memory or 0) * 1_000_000), gpus=gpus or 0
+            cpu_millis=round((cpu or 0) * 1000),
+            memory_bytes=round((memory or 0) * 1_000_000),
+            # A part of a GPU is a part of one, where nobody says of how many.
+            gpus=gpus if gpus is not None else int(gpu_share is not None or gpu_memory is not None),
+            gpu_memory_millis=round((gpu_share or 0) * 1000),
+            gpu_memory_bytes=byte_count("--gpu-memory", gpu_memory) if gpu_memory is not None else 0,
+            disk_bytes=byte_count("--disk", disk) if disk is not None else 0,
         )
     batching = None
     if batch is not None or delay is not None:
@@ -114,6 +140,8 @@ def deploy(
             batching=batching,
             labels=words("--label", label) if label else None,
             max_queue_depth=max_queue_depth,
+            node_selector=words("--node-selector", filter(None, node_selector)) if node_selector else None,
+            tolerations=taints("--tolerate", filter(None, tolerate)) if tolerate else None,
             cache=cache,
             cache_ttl=cache_ttl,
             cache_bytes=byte_count("--cache-size", cache_size) if cache_size is not None else None,
