@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from performance.simulation import many
+from performance.simulation import many, packing
 from performance.simulation.cluster import Size
 
 pytestmark = [pytest.mark.performance, pytest.mark.timeout(600)]
@@ -19,6 +20,8 @@ BURST_SECONDS = 10.0
 STEADY_SECONDS = 1.0
 PEAK_GIB = 4.0
 SEEDS = 1000
+CASES = 20
+BELOW_OPTIMUM = 0.05
 MEASURE = """
 from performance.simulation.scale import Size, measure
 figures = measure(Size(), 1, lambda line: print(line, flush=True))
@@ -50,3 +53,11 @@ def test_a_thousand_clusters_break_no_rule(seed: int) -> None:
     lives = many.run(range(seed, seed + SEEDS), Size(), len(os.sched_getaffinity(0)), print)
     print(lives)
     assert not lives.breaches
+
+
+def test_a_burst_fills_gpus_nearly_as_well_as_the_best_of_all_schedules() -> None:
+    fills = packing.report(range(CASES), (0.8, 1.0, 1.3), print)
+    below = [packing.shortfall(fill.at_once, fill.optimum) for fill in fills]
+    first_fit = [packing.shortfall(fill.first_fit, fill.optimum) for fill in fills]
+    assert statistics.mean(below) < BELOW_OPTIMUM
+    assert statistics.mean(below) < statistics.mean(first_fit)

@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 
-from performance.simulation import many, scale
+from performance.simulation import many, packing, scale
 from performance.simulation.cluster import Size
 
-PARTS = ("scale", "seeds")
+PARTS = ("scale", "seeds", "packing")
+LOADS = (0.8, 1.0, 1.3)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1000, help="small clusters")
     parser.add_argument(
         "--first-seed", type=int, default=0, help="to see a breach again: its seed, with --seeds 1"
+    )
+    parser.add_argument(
+        "--cases", type=int, default=30, help="small clusters to fill, at each of three loads"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="small clusters at a time")
     options = parser.parse_args(arguments)
@@ -38,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         lives = many.run(seeds, Size(), options.jobs if options.seeds > 1 else 1, _say)
         _say(str(lives))
         failed = bool(lives.breaches)
+    if "packing" in parts:
+        packing.report(range(options.cases), LOADS, _say)
     return int(failed)
 
 

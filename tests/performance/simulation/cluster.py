@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -90,9 +91,11 @@ class Cluster:
     Args:
         seed: of everything that happens.
         size: how large it is.
+        planner: what is tested.
     """
 
-    def __init__(self, seed: int, size: Size) -> None:
+    def __init__(self, seed: int, size: Size, planner: Callable[[Snapshot], Plan] = plan) -> None:
+        self._plan = planner
         self._random = random.Random(seed)
         self._size = size
         self._step = 0
@@ -200,11 +203,11 @@ class Cluster:
             reports=self._heard(),
         )
         began = time.perf_counter()
-        changes = plan(snapshot)
+        changes = self._plan(snapshot)
         self.tally.seconds += time.perf_counter() - began
         self._count(snapshot, changes)
         self.snapshot = rules.never(snapshot, changes)
-        if self._step % 16 == 0 and plan(snapshot) != changes:
+        if self._step % 16 == 0 and self._plan(snapshot) != changes:
             raise rules.Breach("the same snapshot gave two plans")
         self._tell(peace=peace)
         return bool(changes)
