@@ -13,6 +13,7 @@ from penstock.scheduler.v1 import deployment_pb2, routing_service_pb2, routing_s
 from penstock_kit.errors import PenstockError, Unavailable
 from penstock_kit.routing.model import Description, Tensor
 from penstock_kit.routing.table import CachePolicy, Route, Table, Target
+from penstock_kit.rpc import FailoverChannel
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +35,20 @@ _ANSWERING = frozenset(
 class RouteWatcher:
     """Follows the scheduler's routes and hands each table on.
 
-    The last table stays in force while the scheduler is away.
+    The last table stays in force while the scheduler is away. Of several schedulers any one's routes will do,
+    but those of one that is cut off from its database would stay as they are: see `align`.
 
     Args:
-        channel: To the scheduler.
+        channel: To the scheduler, or to several.
         gateway: Name of this process.
         use: Takes each new table.
     """
 
     def __init__(self, channel: grpc.aio.Channel, gateway: str, use: Callable[[Table], None]) -> None:
+        self._channel = channel
         self._stub = routing_service_pb2_grpc.RoutingServiceStub(channel)
+        self._address = 0
+        self._bound: asyncio.Timeout | None = None
         self._gateway = gateway
         self._use = use
         self._answered: set[str] = set()
@@ -63,6 +68,14 @@ class RouteWatcher:
             pause = FIRST_PAUSE_SECONDS if self._heard else min(pause * 2, LAST_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
+    def align(self) -> None:
+        """Watch the scheduler that the channel uses now, if the watch is at another one.
+
+        To be called when that one has shown that it leads.
+        """
+        if self._bound is not None and self._address != _address_of(self._channel):
+            self._bound.reschedule(asyncio.get_running_loop().time())
+
     async def follow(self) -> None:
         """Follow one stream to its end.
 
@@ -71,16 +84,21 @@ class RouteWatcher:
         """
         self._heard = False
         request = routing_service_pb2.WatchRoutesRequest(gateway=self._gateway)
+        self._address = _address_of(self._channel)
         try:
-            async for answer in self._stub.WatchRoutes(request):
-                self._heard = self.connected = True
-                self.problem = ""
-                self._use(self._table(answer))
+            async with asyncio.timeout(None) as self._bound:
+                async for answer in self._stub.WatchRoutes(request):
+                    self._heard = self.connected = True
+                    self.problem = ""
+                    self._use(self._table(answer))
             raise Unavailable("The scheduler ended the watch of its routes.")
+        except TimeoutError:
+            log.info("another scheduler leads; its routes are watched from now on")
         except PenstockError as error:
             self.problem = error.message
             raise
         finally:
+            self._bound = None
             self.connected = False
 
     def _table(self, answer: routing_service_pb2.WatchRoutesResponse) -> Table:
@@ -107,6 +125,11 @@ class RouteWatcher:
             cache=to_policy(route.cache),
             failed=route.state == deployment_pb2.DEPLOYMENT_STATE_FAILED,
         )
+
+
+def _address_of(channel: grpc.aio.Channel) -> int:
+    """Return which of a channel's addresses is in use."""
+    return channel.current if isinstance(channel, FailoverChannel) else 0
 
 
 def to_policy(cache: deployment_pb2.ResponseCache) -> CachePolicy | None:

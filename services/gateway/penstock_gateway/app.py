@@ -98,7 +98,9 @@ class Gateway:
             cache_bytes=settings.gateway_cache_bytes,
         )
         self._watcher = RouteWatcher(self._scheduler.channel, self.name, self._dispatcher.update)
-        self._traffic = TrafficReport(self.name, self._dispatcher, TrafficClient(self._scheduler.channel))
+        self._traffic = TrafficReport(
+            self.name, self._dispatcher, TrafficClient(self._scheduler.channel), self._watcher.align
+        )
         self._queues = QueueWatch(lambda: self._dispatcher.waitlists, self._statistics)
         # /metrics on the shared port is answered by any of the gateways that share it; this, by one.
         numbers = CollectorRegistry()

@@ -198,6 +198,12 @@ def test_reports_go_to_the_scheduler_that_leads_and_follow_it(
             )
         assert answer.status_code == 504
         wait_until(lambda: first.counted("sleeper").arrived == 1, "a report to the one that leads now")
+        # What only the one that leads knows, it is asked for; the other one is connected and says nothing.
+        first.offer("news")
+        wait_until(
+            lambda: httpx.get(f"{gateway.url}/v2/models/news", trust_env=False).status_code == 200,
+            "the routes of the one that leads",
+        )
     finally:
         gateway.stop()
 

@@ -69,6 +69,7 @@ class TrafficReport:
         gateway: Name of this process.
         counted: What it counts.
         sink: Who is told.
+        taken: Called after each report that a scheduler took, and so has shown that it leads.
         clock: Seconds that only grow.
     """
 
@@ -77,11 +78,13 @@ class TrafficReport:
         gateway: str,
         counted: Counted,
         sink: TrafficSink,
+        taken: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gateway = gateway
         self._counted = counted
         self._sink = sink
+        self._taken = taken
         self._clock = clock
         self._began = clock()
         self._away = False
@@ -111,6 +114,7 @@ class TrafficReport:
                 self._counted.wanting.set()
             return False
         self._away = False
+        self._taken()
         return True
 
     def targets(self) -> list[Reported]:
