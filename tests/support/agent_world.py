@@ -50,6 +50,8 @@ class World(node_service_pb2_grpc.NodeServiceServicer, registry_service_pb2_grpc
         self.address = listen
         self.statuses: list[node_service_pb2.AttachRequest] = []
         self.attaches = 0
+        self.metadata: dict[str, Any] = {}
+        self.refusing = False
         self.downloads: list[tuple[str, str, int]] = []
         self.broken_after: dict[str, list[int]] = {}
         self.altered: set[str] = set()
@@ -170,6 +172,9 @@ class World(node_service_pb2_grpc.NodeServiceServicer, registry_service_pb2_grpc
         self, request_iterator: Any, context: Any
     ) -> AsyncIterator[node_service_pb2.AttachResponse]:
         self.attaches += 1
+        self.metadata = dict(context.invocation_metadata())
+        if self.refusing:
+            raise Unavailable("Another scheduler leads.")
         self.statuses.clear()
 
         async def listen() -> None:

@@ -27,6 +27,7 @@ from penstock_scheduler.adapters.work import SqlLeadership, SqlWorks
 from penstock_scheduler.api.nodes import NodeServicer
 from penstock_scheduler.api.routing import RoutingServicer
 from penstock_scheduler.api.scheduler import SchedulerServicer
+from penstock_scheduler.domain.joining import Doorkeeper
 from penstock_scheduler.domain.planner import Policy
 from penstock_scheduler.domain.resources import Defaults
 from penstock_scheduler.settings import SchedulerSettings
@@ -106,7 +107,7 @@ class Scheduler:
         )
         self._server.add(
             node_service_pb2_grpc.add_NodeServiceServicer_to_server,
-            NodeServicer(self._hub, self._tasks),
+            NodeServicer(self._hub, self._tasks, Doorkeeper(settings.join_token)),
             node_service_pb2.DESCRIPTOR.services_by_name["NodeService"].full_name,
         )
         self._server.add(

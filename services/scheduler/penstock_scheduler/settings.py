@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
 
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from penstock_kit.joining import tokens_of
 from penstock_kit.settings import ServiceSettings
 
 
@@ -12,6 +16,11 @@ class SchedulerSettings(ServiceSettings):
 
     scheduler_listen: str = Field(
         "127.0.0.1:7102", description="host:port or unix:/path on which the scheduler listens"
+    )
+    join_token: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        repr=False,
+        description="By which workers join, commas between several; without any, only this machine's do",
     )
     node_lease_seconds: float = Field(
         3.0, gt=0, description="A node whose agent went away is given up after this long"
@@ -36,3 +45,8 @@ class SchedulerSettings(ServiceSettings):
     alias_poll_seconds: float = Field(
         1.0, gt=0, description="How often the registry is asked where aliases point"
     )
+
+    @field_validator("join_token", mode="before")
+    @classmethod
+    def _parse_tokens(cls, value: object) -> object:
+        return tokens_of(value) if isinstance(value, str) else value

@@ -146,6 +146,7 @@ async def agent(
             apply=reconciler.apply,
             attached=lambda attached: health.set(attached=attached),
             schedulers=len(addresses_of(settings.scheduler_address)),
+            join_token=next(iter(settings.join_token), ""),
         )
         rpc.add(
             worker_service_pb2_grpc.add_WorkerServiceServicer_to_server,

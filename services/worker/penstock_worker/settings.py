@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
+from penstock_kit.joining import tokens_of
 from penstock_kit.settings import ServiceSettings
 
 GIB = 1024**3
@@ -28,6 +29,9 @@ class WorkerSettings(ServiceSettings):
     worker_node: str = Field(
         default_factory=default_node_name,
         description="Name of this node, one worker for each; default is the name of the machine",
+    )
+    join_token: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), repr=False, description="By which this worker joins: one that the scheduler has; the first counts"
     )
     worker_labels: Annotated[dict[str, str], NoDecode] = Field(
         default_factory=dict, description="Labels of this node: key=value,key=value"
@@ -63,6 +67,11 @@ class WorkerSettings(ServiceSettings):
         8 * MIB, ge=4096, description="Size of a replica's log before it is rotated; one old one is kept"
     )
     worker_log_files: int = Field(200, ge=1, description="Logs of replicas that are kept")
+
+    @field_validator("join_token", mode="before")
+    @classmethod
+    def _parse_tokens(cls, value: object) -> object:
+        return tokens_of(value) if isinstance(value, str) else value
 
     @field_validator("worker_node")
     @classmethod

@@ -11,8 +11,10 @@ import grpc
 from penstock.scheduler.v1 import node_service_pb2 as pb
 from penstock.scheduler.v1 import node_service_pb2_grpc
 from penstock_kit.errors import InvalidArgument, PenstockError
+from penstock_kit.joining import JOIN_TOKEN_KEY
 from penstock_kit.lifecycle import TaskSet
 from penstock_scheduler.api import convert, node_messages
+from penstock_scheduler.domain.joining import Doorkeeper
 from penstock_scheduler.usecases.attach import AttachHub, Session
 
 FIRST_MESSAGE_SECONDS = 10.0
@@ -21,14 +23,17 @@ FIRST_MESSAGE_SECONDS = 10.0
 class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
     """Status up, desired state down."""
 
-    def __init__(self, hub: AttachHub, tasks: TaskSet) -> None:
+    def __init__(self, hub: AttachHub, tasks: TaskSet, door: Doorkeeper) -> None:
         self._hub = hub
         self._tasks = tasks
+        self._door = door
 
     async def Attach(
         self, request_iterator: AsyncIterator[pb.AttachRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.AttachResponse]:
         """See node_service.proto."""
+        metadata = dict(context.invocation_metadata() or ())
+        self._door.check(str(metadata.get(JOIN_TOKEN_KEY, "")), context.peer())
         try:
             async with asyncio.timeout(FIRST_MESSAGE_SECONDS):
                 first = await anext(request_iterator)

@@ -13,6 +13,7 @@ from google.protobuf.json_format import MessageToJson
 
 from penstock.scheduler.v1 import node_service_pb2, node_service_pb2_grpc, replica_pb2
 from penstock_kit.errors import PenstockError
+from penstock_kit.joining import JOIN_TOKEN_KEY
 from penstock_kit.names import parse_deployment, parse_replica, parse_version
 from penstock_worker.domain.replica import BatchingPolicy
 from penstock_worker.domain.supervision import BundleFile, DesiredReplica
@@ -45,6 +46,8 @@ class SchedulerClient:
     Args:
         channel: To the scheduler, or to several of which one leads.
         schedulers: How many.
+        join_token: Proves that this node belongs to the mesh; empty if the scheduler is on this machine and
+            has none.
         status: Returns the whole status now.
         changes: Tells when the status has changed.
         apply: Takes up a desired state.
@@ -60,6 +63,7 @@ class SchedulerClient:
         apply: Callable[[int, list[DesiredReplica]], None],
         attached: Callable[[bool], Awaitable[None]],
         schedulers: int = 1,
+        join_token: str = "",
     ) -> None:
         self._stub = node_service_pb2_grpc.NodeServiceStub(channel)
         self._status = status
@@ -67,6 +71,7 @@ class SchedulerClient:
         self._apply = apply
         self._attached = attached
         self._schedulers = schedulers
+        self._metadata = ((JOIN_TOKEN_KEY, join_token),) if join_token else ()
 
     async def run(self) -> None:
         """Attach again and again, until cancelled."""
@@ -96,7 +101,7 @@ class SchedulerClient:
             pause = min(2 * pause, LAST_RETRY_SECONDS)
 
     async def _attach(self) -> None:
-        answers = self._stub.Attach(self._statuses())
+        answers = self._stub.Attach(self._statuses(), metadata=self._metadata)
         attached = False
         try:
             async for answer in answers:
