@@ -18,6 +18,7 @@ from penstock_scheduler.domain.replica import ReplicaState
 from penstock_scheduler.domain.routes import Route, routes_of
 from penstock_scheduler.usecases import metrics
 from penstock_scheduler.usecases.attach import AttachHub
+from penstock_scheduler.usecases.autoscaling import Autoscaler
 from penstock_scheduler.usecases.latest import Latest
 from penstock_scheduler.usecases.ports import ClusterStore, Leadership, Stored, Works
 from penstock_scheduler.usecases.rollout_loop import RolloutLoop
@@ -79,6 +80,7 @@ class Reconciler:
         self._traffic = traffic
         self._plan = plan
         self._rollouts = RolloutLoop(traffic)
+        self._autoscaler = Autoscaler(traffic)
         self._epoch: int | None = None
         self._led_since = 0.0
         self._awake_at = float("-inf")
@@ -132,7 +134,9 @@ class Reconciler:
                 if self._epoch is not None:
                     before = snapshot
                     snapshot = await self._rollouts.move(work, snapshot, self._epoch)
+                    snapshot, scaled = self._autoscaler.scale(snapshot, self._epoch)
                     changes = await asyncio.to_thread(self._plan, snapshot, self._policy)
+                    changes = changes.with_deployments(scaled)
                     after = changes.after(snapshot) if changes else snapshot
                     if await self._rollouts.record(work, after) or changes or snapshot is not before:
                         await work.cluster.apply(changes, self._epoch)

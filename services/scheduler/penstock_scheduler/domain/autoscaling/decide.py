@@ -195,10 +195,13 @@ def _service_seconds(target: Target, memory: Memory) -> float:
 
 def _allowed(settings: Autoscaling, target: Target, memory: Memory) -> float:
     """Requests that may be under way, by Little's law, when each waits as long as it may."""
-    seconds = settings.queue_wait_seconds + _service_seconds(target, memory)
-    # What every replica computes at this moment does not wait.
-    computed = target.ready * target.max_batch_size
-    return max(target.recent.answers_per_second * seconds, computed + 1)
+    service = _service_seconds(target, memory)
+    # What every replica computes at this moment does not wait. Where answers take long, so many are computed
+    # at once that what the fastest of them took says little about the others.
+    at_once = target.max_batch_size if service > settings.queue_wait_seconds else 1
+    return max(
+        target.recent.answers_per_second * (settings.queue_wait_seconds + service), target.ready * at_once + 1
+    )
 
 
 def _waits_too_long(settings: Autoscaling, target: Target, memory: Memory) -> bool:
