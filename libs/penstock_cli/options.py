@@ -10,6 +10,7 @@ from penstock.errors import InvalidArgument
 
 # Powers of ten and of two, as people write them.
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def byte_count(option: str, text: str) -> int:
@@ -22,6 +23,18 @@ def byte_count(option: str, text: str) -> int:
     if match is None:
         raise InvalidArgument(f"{option} {text}: write a size such as 64MiB, 500MB or 65536.")
     return round(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def seconds(option: str, text: str) -> float:
+    """Return the seconds that `50ms`, `60s`, `5m`, `1.5h` or `60` means.
+
+    Raises:
+        InvalidArgument: It is not of that form.
+    """
+    match = re.fullmatch(r"(-?\d{1,12}(?:\.\d{1,9})?) *(ms|s|m|h)?", text.strip().lower())
+    if match is None:
+        raise InvalidArgument(f"{option} {text}: write a time such as 50ms, 60s or 5m.")
+    return float(match[1]) * _SECONDS[match[2] or "s"]
 
 
 def taints(option: str, texts: Iterable[str]) -> dict[str, str]:

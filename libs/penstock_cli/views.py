@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from google.protobuf.duration_pb2 import Duration
+
 from penstock.ensemble_messages import steps_from_proto
 from penstock.ensembles import stages
 from penstock.names import parse_version, short
@@ -112,7 +114,8 @@ def show_deployment(deployment: deployment_pb2.Deployment, replicas: Sequence[re
             ("state", state_name(deployment)),
             ("why", deployment.message),
             ("revision", deployment.revision),
-            ("replicas", f"{deployment.ready_replicas} ready, {deployment.replicas or 1} wanted per target"),
+            ("replicas", f"{deployment.ready_replicas} ready, {_wanted(deployment)} wanted per target"),
+            ("autoscaling", describe_autoscaling(deployment.autoscaling)),
             ("equal requests", describe_cache(deployment.cache) if deployment.HasField("cache") else ""),
             ("labels", pairs(deployment.labels)),
             ("nodes with", pairs(deployment.node_selector)),
@@ -128,6 +131,40 @@ def show_deployment(deployment: deployment_pb2.Deployment, replicas: Sequence[re
     if replicas:
         say("")
         print_replicas(replicas, empty="")
+
+
+def ready_text(deployment: deployment_pb2.Deployment) -> str:
+    """Return how many replicas answer, and between what their number may move."""
+    if not deployment.HasField("autoscaling"):
+        return str(deployment.ready_replicas)
+    scaling = deployment.autoscaling
+    return f"{deployment.ready_replicas} ({scaling.min_replicas}-{scaling.max_replicas})"
+
+
+def _wanted(deployment: deployment_pb2.Deployment) -> int:
+    # A scheduler of an earlier release does not say what it desires.
+    if deployment.HasField("autoscaling"):
+        return deployment.desired_replicas
+    return deployment.desired_replicas or deployment.replicas or 1
+
+
+def describe_autoscaling(scaling: deployment_pb2.Autoscaling) -> str:
+    """Return between what the number of replicas follows the load, in words; empty if it does not."""
+    if not scaling.max_replicas:
+        return ""
+    parts = [
+        f"{scaling.min_replicas} to {scaling.max_replicas} replicas",
+        f"requests wait {_seconds(scaling.queue_wait_objective)} at most, most of the time",
+        f"fewer after {_seconds(scaling.cool_down)}",
+    ]
+    if not scaling.min_replicas:
+        parts.append(f"none after {_seconds(scaling.idle)} without a request")
+    return "; ".join(parts)
+
+
+def _seconds(duration: Duration) -> str:
+    value = duration.ToNanoseconds() / 1e9
+    return f"{value * 1000:g} ms" if value < 1 else f"{value:g} s"
 
 
 def describe_cache(cache: deployment_pb2.ResponseCache) -> str:

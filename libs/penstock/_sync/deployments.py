@@ -27,6 +27,7 @@ from penstock.transport import Attempts, new_request_id, translate
 
 # google.protobuf.Duration ends at some 10,000 years.
 _MAX_DURATION_SECONDS = 3e11
+_MAX_INT32 = 2**31 - 1
 
 DeploymentCallback = Callable[[deployment_pb2.Deployment], None]
 
@@ -52,6 +53,7 @@ class Deployments(Nodes):
         cache_ttl: float | None = None,
         cache_bytes: int | None = None,
         coalesce: bool | None = None,
+        autoscaling: Mapping[str, float] | None = None,
         request_id: str | None = None,
     ) -> deployment_pb2.Deployment:
         """Offer versions of a model under a name, or change what is offered there; return at once.
@@ -74,9 +76,13 @@ class Deployments(Nodes):
             cache_ttl: Seconds that an answer is kept.
             cache_bytes: Bytes of answers that one gateway process keeps at most.
             coalesce: Let a request wait for the answer to an equal one that is being computed.
+            autoscaling: Let the number of replicas follow the load: min_replicas (0 lets the last one end),
+                max_replicas, and in seconds queue_wait_objective, idle and cool_down; what is left out
+                stays as it is. {} keeps the number at `replicas` again.
             request_id: A key (a UUID) that makes a repetition safe.
 
         Raises:
+            InvalidArgument: A number is negative, absurd, or contradicts another.
             NotFound: There is no such model, version or alias.
         """
         if targets is None:
@@ -96,6 +102,7 @@ class Deployments(Nodes):
                 deployment_pb2.Toleration(key=key, value=value) for key, value in (tolerations or {}).items()
             ],
             cache=_cache(cache, cache_ttl, cache_bytes, coalesce),
+            autoscaling=_autoscaling(autoscaling),
         )
         given = {
             "targets": targets,
@@ -110,6 +117,8 @@ class Deployments(Nodes):
             "cache.ttl": cache_ttl,
             "cache.max_bytes": cache_bytes,
             "cache.coalesce": coalesce,
+            "autoscaling": autoscaling if autoscaling == {} else None,
+            **{f"autoscaling.{part}": value for part, value in (autoscaling or {}).items()},
         }
         key = request_id or new_request_id()
         try:
@@ -276,6 +285,25 @@ class Deployments(Nodes):
             deployment=wanted, update_mask=field_mask_pb2.FieldMask(paths=paths), request_id=request_id
         )
         return self._unary(self._scheduler.UpdateDeployment, request)
+
+
+def _autoscaling(parts: Mapping[str, float] | None) -> deployment_pb2.Autoscaling | None:
+    if not parts:
+        return None
+    message = deployment_pb2.Autoscaling()
+    for part, value in parts.items():
+        if part in ("min_replicas", "max_replicas"):
+            if not -_MAX_INT32 <= value <= _MAX_INT32:
+                raise InvalidArgument(f"A deployment cannot have {value:g} replicas.")
+            setattr(message, part, int(value))
+        elif part in ("queue_wait_objective", "idle", "cool_down"):
+            if not abs(value) < _MAX_DURATION_SECONDS:
+                raise InvalidArgument(f"{part} cannot be {value:g} s.")
+            getattr(message, part).FromNanoseconds(round(value * 1e9))
+        else:
+            known = ", ".join(field.name for field in message.DESCRIPTOR.fields)
+            raise InvalidArgument(f"autoscaling has no {part}; it has {known}.")
+    return message
 
 
 def _cache(

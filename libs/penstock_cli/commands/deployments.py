@@ -16,10 +16,10 @@ from penstock.scheduler.v1 import deployment_pb2
 from penstock.traffic import describe_state, share_text, state_name, target_text
 from penstock_cli.commands.models import Yes, confirm, report_deleted
 from penstock_cli.groups import listing_group
-from penstock_cli.options import byte_count, shares, taints, words
+from penstock_cli.options import byte_count, seconds, shares, taints, words
 from penstock_cli.output import ago, console, print_json, print_table, say, together
 from penstock_cli.session import ENDPOINT, Endpoint, Json, Limit, connect
-from penstock_cli.views import describe_cache, show_deployment
+from penstock_cli.views import describe_cache, ready_text, show_deployment
 
 deployments = listing_group("What is offered; without a command, lists it.", named="show")
 
@@ -105,6 +105,29 @@ def deploy(
         str | None, typer.Option(metavar="64MiB", help="Answers that one gateway keeps at most.")
     ] = None,
     coalesce: Coalesce = None,
+    min_replicas: Annotated[
+        int | None,
+        typer.Option(
+            help="Replicas at least, while their number follows the load; 0 lets the last one end when "
+            "nothing comes, and the next request brings one back."
+        ),
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="Replicas at most; lets their number follow the load.")
+    ] = None,
+    queue_wait_objective: Annotated[
+        str | None, typer.Option(metavar="100ms", help="How long a request may wait, most of the time.")
+    ] = None,
+    idle: Annotated[
+        str | None,
+        typer.Option(metavar="5m", help="How long nothing must have come before the last one ends."),
+    ] = None,
+    cool_down: Annotated[
+        str | None, typer.Option(metavar="60s", help="How long fewer must have been enough before any ends.")
+    ] = None,
+    autoscaling: Annotated[
+        bool, typer.Option("--autoscaling/--no-autoscaling", help="--no-autoscaling keeps their number.")
+    ] = True,
     wait: Wait = True,
     timeout: WaitSeconds = 120.0,
     endpoint: Endpoint = ENDPOINT,
@@ -129,6 +152,15 @@ def deploy(
         batching = resources_pb2.Batching(
             max_batch_size=batch or 0, max_delay_microseconds=round((delay or 0) * 1000)
         )
+    scaling: dict[str, float] = {
+        **_given("min_replicas", min_replicas),
+        **_given("max_replicas", max_replicas),
+        **_given("queue_wait_objective", _time("--queue-wait-objective", queue_wait_objective)),
+        **_given("idle", _time("--idle", idle)),
+        **_given("cool_down", _time("--cool-down", cool_down)),
+    }
+    if scaling and not autoscaling:
+        raise InvalidArgument("--no-autoscaling keeps the number of replicas: give --replicas with it.")
     with connect(endpoint) as client:
         deployment = client.deploy(
             name,
@@ -146,8 +178,17 @@ def deploy(
             cache_ttl=cache_ttl,
             cache_bytes=byte_count("--cache-size", cache_size) if cache_size is not None else None,
             coalesce=coalesce,
+            autoscaling=(scaling or None) if autoscaling else {},
         )
         _follow(client, deployment, wait=wait, timeout=timeout, json=json)
+
+
+def _time(option: str, text: str | None) -> float | None:
+    return None if text is None else seconds(option, text)
+
+
+def _given(part: str, value: float | None) -> dict[str, float]:
+    return {} if value is None else {part: value}
 
 
 def traffic(
@@ -253,7 +294,7 @@ def list_deployments(
                 short(deployment.name),
                 state_name(deployment),
                 together(_targets(deployment.targets)),
-                deployment.ready_replicas,
+                ready_text(deployment),
                 deployment.revision,
                 ago(deployment.update_time),
                 deployment.message,

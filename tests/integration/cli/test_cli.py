@@ -392,6 +392,26 @@ def test_a_narrow_terminal_keeps_names_and_numbers_whole(
     assert " ".join(re.findall(r"\S+", shown)).endswith("add a node.")
 
 
+def test_autoscaling_is_set_shown_and_ended(penstock: Cli, mesh: FakeMesh, folder: str) -> None:
+    penstock("push", folder, "--model", "digits")
+    times = ("--queue-wait-objective", "50ms", "--idle", "5m", "--cool-down", "60s")
+    penstock("deploy", "digits", "--no-wait", "--min-replicas", "0", "--max-replicas", "8", *times)
+    shown = penstock("deployments", "show", "digits").out
+    assert "0 to 8 replicas; requests wait 50 ms at most, most of the time; fewer after 60 s" in shown
+    assert "none after 300 s without a request" in shown
+    assert "(0-8)" in penstock("deployments", "list").out
+    penstock("deploy", "digits", "--no-wait", "--max-replicas", "4")
+    paths = list(mesh.requests["UpdateDeployment"].update_mask.paths)
+    assert paths == ["targets", "autoscaling.max_replicas"]
+    penstock("deploy", "digits", "--no-wait", "--no-autoscaling")
+    assert "autoscaling" in mesh.requests["UpdateDeployment"].update_mask.paths
+    assert not mesh.requests["UpdateDeployment"].deployment.HasField("autoscaling")
+    wrong = penstock("deploy", "digits", "--idle", "soon")
+    assert "--idle soon: write a time such as 50ms, 60s or 5m" in wrong.err
+    wrong = penstock("deploy", "digits", "--max-replicas", "3", "--no-autoscaling")
+    assert "give --replicas with it" in wrong.err
+
+
 def test_a_cache_is_set_shown_and_changed_in_parts(penstock: Cli, mesh: FakeMesh, folder: str) -> None:
     penstock("push", folder)
     assert penstock("deploy", "digits", "--no-wait").code == 0
