@@ -11,7 +11,14 @@ from typing import Any
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState, Spec, Target
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
 from penstock_scheduler.domain.resources import NO_BATCHING, NO_RESOURCES
-from penstock_scheduler.domain.rollout import Rollout, RolloutPolicy, Strategy, Tally, check_policy
+from penstock_scheduler.domain.rollout import (
+    Rollout,
+    RolloutPolicy,
+    RolloutState,
+    Strategy,
+    Tally,
+    check_policy,
+)
 from penstock_scheduler.domain.rollout.decide import Facts, decide
 from penstock_scheduler.domain.rollout.targets import live_targets, mirrored
 from penstock_scheduler.domain.traffic import LATENCY_BUCKETS, NO_COUNTS, Counts
@@ -78,6 +85,10 @@ class World:
         """The present rollout."""
         assert self.deployment.rollout is not None
         return self.deployment.rollout
+
+    def stands(self, state: RolloutState) -> bool:
+        """Whether the present rollout is in a state."""
+        return self.rollout.state is state
 
     def shares(self) -> dict[int, int]:
         """Percent of the traffic by version."""

@@ -37,7 +37,7 @@ def test_a_good_version_gets_more_traffic_step_by_step_and_then_all() -> None:
         if world.shares() not in seen[-1:]:
             seen.append(world.shares())
     assert seen == [{1: 95, 2: 5}, {1: 75, 2: 25}, {2: 100}]
-    assert world.rollout.state is RolloutState.SUCCEEDED
+    assert world.stands(RolloutState.SUCCEEDED)
     assert world.deployment.serving == world.deployment.asked
     assert world.causes == []
 
@@ -45,7 +45,7 @@ def test_a_good_version_gets_more_traffic_step_by_step_and_then_all() -> None:
 def test_a_version_with_errors_is_taken_back_and_asked_for_no_more() -> None:
     world = World(policy(steps=STEPS, step_seconds=5), behaviours={2: Behaviour(errors=0.05)})
     world.run()
-    assert world.rollout.state is RolloutState.ROLLED_BACK
+    assert world.stands(RolloutState.ROLLED_BACK)
     assert breach(world) is GuardKind.ERROR_RATE
     assert world.shares() == {1: 100}
     assert [t.resolved_version for t in world.deployment.asked.targets] == [1]
@@ -57,11 +57,11 @@ def test_a_version_with_errors_is_taken_back_and_asked_for_no_more() -> None:
 
 def test_all_traffic_is_back_in_the_very_decision_that_sees_the_breach() -> None:
     world = World(policy(steps=(50, 100)), behaviours={2: Behaviour(errors=1.0)})
-    while not world.deployment.rollout or world.rollout.state is not RolloutState.ROLLING_BACK:
+    while not world.deployment.rollout or not world.stands(RolloutState.ROLLING_BACK):
         world.tick()
     assert world.shares() == {1: 100}
     world.decide()
-    assert world.rollout.state is RolloutState.ROLLED_BACK
+    assert world.stands(RolloutState.ROLLED_BACK)
 
 
 def test_a_slow_version_is_taken_back_within_seconds() -> None:
@@ -73,7 +73,7 @@ def test_a_slow_version_is_taken_back_within_seconds() -> None:
 def test_a_little_slower_is_fine() -> None:
     world = World(policy(steps=(25, 100), step_seconds=3), behaviours={2: Behaviour(median_seconds=0.005)})
     world.run()
-    assert world.rollout.state is RolloutState.SUCCEEDED
+    assert world.stands(RolloutState.SUCCEEDED)
 
 
 def test_a_shadow_that_disagrees_is_taken_back_before_any_caller_met_it() -> None:
@@ -83,25 +83,25 @@ def test_a_shadow_that_disagrees_is_taken_back_before_any_caller_met_it() -> Non
     assert world.shares() == {1: 100}
     assert world.run() < 15
     assert breach(world) is GuardKind.DISAGREEMENT
-    assert world.rollout.state is RolloutState.ROLLED_BACK
+    assert world.stands(RolloutState.ROLLED_BACK)
 
 
 def test_a_shadow_that_agrees_takes_over_all_at_once() -> None:
     world = World(policy(Strategy.SHADOW, step_seconds=2))
     world.run()
-    assert world.rollout.state is RolloutState.SUCCEEDED
+    assert world.stands(RolloutState.SUCCEEDED)
     assert world.deployment.serving == world.deployment.asked
 
 
 def test_blue_green_switches_all_traffic_and_still_goes_back() -> None:
     world = World(policy(Strategy.BLUE_GREEN), behaviours={2: Behaviour(errors=0.1)})
-    while not world.deployment.rollout or world.rollout.state is not RolloutState.RUNNING:
+    while not world.deployment.rollout or not world.stands(RolloutState.RUNNING):
         world.tick()
     assert world.shares() == {2: 100}
     assert world.deployment.serving is not None
     assert [t.resolved_version for t in world.deployment.serving.targets] == [1]
     world.run()
-    assert world.rollout.state is RolloutState.ROLLED_BACK
+    assert world.stands(RolloutState.ROLLED_BACK)
     assert next(e for e in world.rollout.evidence if e.breached).before_count > 0
 
 
@@ -116,7 +116,7 @@ def test_a_worse_metric_ends_it_before_any_replica_starts() -> None:
     world.metrics = {VersionKey("digits", 1): {"accuracy": 0.97}, VersionKey("digits", 2): {"accuracy": 0.95}}
     world.states[2] = ReplicaState.PENDING
     world.tick()
-    assert world.rollout.state is RolloutState.ROLLING_BACK
+    assert world.stands(RolloutState.ROLLING_BACK)
     assert breach(world) is GuardKind.METRIC
     assert "it must be at least 0.96" in world.rollout.message
 
@@ -137,7 +137,7 @@ def test_metrics_are_compared_in_their_own_direction(
     world = World(policy(metrics=(guard,)))
     world.metrics = {VersionKey("digits", 1): {"loss": 0.5}, VersionKey("digits", 2): after}
     world.tick()
-    assert (world.rollout.state is RolloutState.ROLLING_BACK) is breached
+    assert world.stands(RolloutState.ROLLING_BACK) is breached
 
 
 def test_a_version_that_does_not_load_is_taken_back() -> None:
@@ -148,7 +148,7 @@ def test_a_version_that_does_not_load_is_taken_back() -> None:
     world.tick()
     world.tick()
     world.tick()
-    assert world.rollout.state is RolloutState.ROLLED_BACK
+    assert world.stands(RolloutState.ROLLED_BACK)
     assert "the file is not a model" in world.causes[0]
 
 
@@ -157,10 +157,10 @@ def test_a_replica_that_fails_once_for_reasons_outside_its_process_gets_time() -
     world.states[2] = ReplicaState.BACKOFF
     for _ in range(8):
         world.tick()
-    assert world.rollout.state is RolloutState.STARTING
+    assert world.stands(RolloutState.STARTING)
     world.states[2] = ReplicaState.READY
     world.tick()
-    assert world.rollout.state is RolloutState.RUNNING
+    assert world.stands(RolloutState.RUNNING)
 
 
 def test_a_version_that_crashes_under_traffic_is_taken_back() -> None:
@@ -169,7 +169,7 @@ def test_a_version_that_crashes_under_traffic_is_taken_back() -> None:
     world.tick()
     world.restarts[2] = 3
     world.run()
-    assert world.rollout.state is RolloutState.ROLLED_BACK
+    assert world.stands(RolloutState.ROLLED_BACK)
     assert "crashes" in world.rollout.message
 
 
@@ -192,7 +192,7 @@ def test_without_traffic_a_step_waits_for_ever_or_as_long_as_its_patience() -> N
     assert world.rollout.percent == 5
     hasty = World(policy(steps=STEPS, step_seconds=1, patience_seconds=20), rate=0)
     assert hasty.run(300) < 70
-    assert hasty.rollout.state is RolloutState.SUCCEEDED
+    assert hasty.stands(RolloutState.SUCCEEDED)
 
 
 def test_while_paused_it_stays_and_its_guards_still_look() -> None:
@@ -204,10 +204,10 @@ def test_while_paused_it_stays_and_its_guards_still_look() -> None:
     for _ in range(60):
         world.tick()
     assert world.rollout.percent == 5
-    assert world.rollout.state is RolloutState.PAUSED
+    assert world.stands(RolloutState.PAUSED)
     world.behaviours = {2: Behaviour(errors=0.5)}
     world.run()
-    assert world.rollout.state is RolloutState.ROLLED_BACK
+    assert world.stands(RolloutState.ROLLED_BACK)
 
 
 def test_another_change_ends_it_and_begins_its_own() -> None:
@@ -220,7 +220,7 @@ def test_another_change_ends_it_and_begins_its_own() -> None:
     world.tick()
     assert world.kept[2].state is RolloutState.ABORTED
     assert world.rollout.number == 3
-    assert world.rollout.state is RolloutState.STARTING
+    assert world.stands(RolloutState.STARTING)
     assert world.shares() == {1: 100}
     assert world.causes == []
 
@@ -231,10 +231,10 @@ def test_a_change_of_replicas_does_not_disturb_it_and_outlives_a_rollback() -> N
     world.tick()
     world.deployment = world.deployment.ask(replace(world.deployment.asked, replicas=4), world.now, "bob")
     world.tick()
-    assert world.rollout.state is RolloutState.RUNNING
+    assert world.stands(RolloutState.RUNNING)
     world.behaviours = {2: Behaviour(errors=1.0)}
     world.run()
-    assert world.rollout.state is RolloutState.ROLLED_BACK
+    assert world.stands(RolloutState.ROLLED_BACK)
     assert world.deployment.asked.replicas == 4
 
 

@@ -25,6 +25,7 @@ from penstock_scheduler.adapters.mapping import (
     replica_from_row,
     replica_values,
 )
+from penstock_scheduler.adapters.rollouts import same_hands
 from penstock_scheduler.adapters.rows import (
     AliasesRow,
     AllocationDeviceRow,
@@ -329,6 +330,7 @@ class SqlCluster:
                 DeploymentRow.uid == deployment.uid,
                 DeploymentRow.revision == deployment.revision,
                 DeploymentRow.state != DeploymentState.DELETING.name,
+                same_hands(deployment),
             )
             .values({key: values[key] for key in ("serving", "scale", "state", "message", "update_time")})
             .returning(DeploymentRow.uid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import Integer, func, select, update
+from sqlalchemy import ColumnElement, Integer, func, select, update
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -35,6 +35,12 @@ _DECIDED = (
 )
 
 
+def same_hands(deployment: Deployment) -> ColumnElement[bool]:
+    """Whether nobody took a hand in the rollout of a deployment since it was read."""
+    stored = func.coalesce(DeploymentRow.rollout["hands"].astext.cast(Integer), -1)
+    return stored == (-1 if deployment.rollout is None else deployment.rollout.hands)
+
+
 class SqlRollouts:
     """Implements `RolloutStore` in an open session."""
 
@@ -52,14 +58,13 @@ class SqlRollouts:
     async def decided(self, before: Deployment, after: Deployment) -> None:
         """See `RolloutStore.decided`."""
         values = deployment_values(after)
-        hands = func.coalesce(DeploymentRow.rollout["hands"].astext.cast(Integer), -1)
         done = await self._session.execute(
             update(DeploymentRow)
             .where(
                 DeploymentRow.uid == before.uid,
                 DeploymentRow.revision == before.revision,
                 DeploymentRow.state == before.state.name,
-                hands == (-1 if before.rollout is None else before.rollout.hands),
+                same_hands(before),
             )
             .values({key: values[key] for key in _DECIDED})
             .returning(DeploymentRow.uid)

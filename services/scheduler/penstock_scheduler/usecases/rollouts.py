@@ -116,7 +116,9 @@ class Rollouts:
                     reason=Reason.WRONG_STATE,
                     metadata={"deployment": name},
                 )
-            return replace(deployment, rollout=rollout.next_step(now))
+            onward = rollout.next_step(now)
+            serving = deployment.asked if onward.ended else deployment.serving
+            return replace(deployment, rollout=onward, serving=serving)
 
         return await self._hand(name, number, promoted, "")
 
