@@ -34,13 +34,19 @@ VERSIONS = {
 }
 
 needs = st.builds(
-    lambda cpu, memory, gpus, share: Resources(
-        cpu * 500, memory * UNIT, gpus, share * UNIT if gpus and share else 0
+    lambda cpu, memory, gpus, share, disk: Resources(
+        cpu * 500,
+        memory * UNIT,
+        gpus,
+        share * UNIT if gpus and share < 100 else 0,
+        share if gpus and share >= 100 else 0,
+        disk * UNIT,
     ),
     st.integers(1, 4),
     st.integers(1, 3),
     st.sampled_from([0, 0, 0, 1, 1, 2]),
-    st.sampled_from([0, 2, 5]),
+    st.sampled_from([0, 2, 5, 300]),
+    st.sampled_from([0, 0, 2]),
 )
 targets = st.lists(st.sampled_from(sorted(VERSIONS)), min_size=1, max_size=2, unique=True).map(
     lambda keys: tuple(
@@ -63,6 +69,7 @@ def machines(draw: st.DrawFn, name: str) -> Node:
         devices=tuple(Device(f"gpu{i}", DeviceKind.GPU, memory_bytes=8 * UNIT) for i in range(gpus)),
         runtimes=draw(st.sampled_from([RUNTIMES, ("torch",)])),
         cached_digests=frozenset(draw(st.lists(st.sampled_from([f"{n:064x}" for n in (1, 2, 3)])))),
+        disk_bytes=draw(st.sampled_from([0, 3, 5])) * UNIT,
     )
 
 
@@ -116,6 +123,14 @@ class Cluster(RuleBasedStateMachine):
             self.gone.add(old.uid)
             self._deployment(old.advance(DeploymentState.DELETING, self.snapshot.now))
 
+    @rule(name=st.sampled_from(NODES), cordoned=st.booleans(), draining=st.booleans())
+    def operate(self, name: str, cordoned: bool, draining: bool) -> None:
+        """An operator cordons, drains or lifts both."""
+        node = self.snapshot.nodes.get(name)
+        if node is not None:
+            told = replace(node, cordoned=cordoned or draining, draining=draining)
+            self.snapshot = replace(self.snapshot, nodes={**self.snapshot.nodes, name: told})
+
     @rule(data=st.data())
     def agents_work(self, data: st.DataObject) -> None:
         """Every replica comes to some state that an agent may report."""
@@ -167,6 +182,8 @@ class Cluster(RuleBasedStateMachine):
             held = [r for r in self.snapshot.replicas.values() if r.node == node.name and r.placed]
             assert sum(r.resources.cpu_millis for r in held) <= node.cpu_millis
             assert sum(r.resources.memory_bytes for r in held) <= node.memory_bytes
+            bundles = {(r.digest, r.resources.disk_bytes) for r in held}
+            assert not node.disk_bytes or sum(disk for _, disk in bundles) <= node.disk_bytes
             gpus = {gpu.id: gpu.memory_bytes for gpu in node.gpus}
             users: Counter[str] = Counter()
             for replica in held:
@@ -174,13 +191,20 @@ class Cluster(RuleBasedStateMachine):
                     assert len(set(replica.devices)) == replica.resources.gpus
                     for device in replica.devices:
                         users[device] += 1
-                        gpus[device] -= replica.resources.gpu_memory_bytes
+                        size = next(gpu.memory_bytes for gpu in node.gpus if gpu.id == device)
+                        gpus[device] -= replica.resources.gpu_bytes(size)
             assert all(left >= 0 for left in gpus.values())
             for replica in held:
-                if replica.resources.gpus and not replica.resources.gpu_memory_bytes:
+                if replica.resources.exclusive:
                     assert all(users[device] == 1 for device in replica.devices)
             if node.state is NodeState.LOST:
                 assert not held
+
+    @invariant()
+    def a_part_of_a_node_is_held_by_what_is_placed_and_by_nothing_else(self) -> None:
+        for replica in self.snapshot.replicas.values():
+            assert replica.placed == bool(replica.node) == bool(replica.devices)
+            assert replica.deployment in self.snapshot.deployments
 
     @invariant()
     def the_routes_are_those_of_what_serves(self) -> None:
@@ -201,6 +225,7 @@ class Cluster(RuleBasedStateMachine):
             before, now=before.now + timedelta(seconds=seconds), seed=str(self.steps), reports=before.reports
         )
         changes = plan(snapshot)
+        assert changes == plan(snapshot), "the same snapshot gave two plans"
         note(f"{changes}")
         self._check(snapshot, changes)
         self.snapshot = changes.after(snapshot)
@@ -215,6 +240,10 @@ class Cluster(RuleBasedStateMachine):
             deployment = before.deployments[replica.deployment]
             if replica.id not in before.replicas:
                 assert deployment.uid not in self.gone, "a deleted deployment got a replica"
+            old = before.replicas.get(replica.id)
+            if replica.placed and (old is None or not old.placed):
+                node = before.nodes.get(replica.node)
+                assert node is None or not node.cordoned, "something new on a node that takes nothing"
             if replica.state is ReplicaState.DRAINING and deployment.state is not DeploymentState.DELETING:
                 self._drained_for_a_reason(before, changes, replica)
 
@@ -268,23 +297,27 @@ class Cluster(RuleBasedStateMachine):
         for node in self.snapshot.nodes.values():
             if node.state is not NodeState.READY:
                 continue
+            if node.cordoned or node.draining:
+                continue
             if self.snapshot.versions[replica.version].runtime not in node.runtimes:
                 continue
             held = [r for r in self.snapshot.replicas.values() if r.node == node.name and r.placed]
             free_gpus = 0
             for gpu in node.gpus:
                 users = [r for r in held if r.resources.gpus and gpu.id in r.devices]
-                share = replica.resources.gpu_memory_bytes
+                share = replica.resources.gpu_bytes(gpu.memory_bytes)
                 if not share:
                     free_gpus += not users
-                elif all(r.resources.gpu_memory_bytes for r in users):
-                    free = gpu.memory_bytes - sum(r.resources.gpu_memory_bytes for r in users)
+                elif not any(r.resources.exclusive for r in users):
+                    free = gpu.memory_bytes - sum(r.resources.gpu_bytes(gpu.memory_bytes) for r in users)
                     free_gpus += free >= share
+            bundles = {(r.digest, r.resources.disk_bytes) for r in (*held, replica)}
             if (
                 sum(r.resources.cpu_millis for r in held) + replica.resources.cpu_millis <= node.cpu_millis
                 and sum(r.resources.memory_bytes for r in held) + replica.resources.memory_bytes
                 <= node.memory_bytes
                 and free_gpus >= replica.resources.gpus
+                and (not node.disk_bytes or sum(disk for _, disk in bundles) <= node.disk_bytes)
             ):
                 return True
         return False
