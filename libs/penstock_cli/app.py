@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import penstock
-from penstock_cli.commands import demo, deployments, mesh, models, nodes, predict, push, show
+from penstock_cli.commands import demo, deployments, mesh, models, nodes, predict, push, rollouts, show
 from penstock_cli.output import print_json, say
 from penstock_cli.session import Json
 
@@ -42,6 +42,7 @@ app.command(rich_help_panel=_SERVING)(deployments.scale)
 app.command(rich_help_panel=_SERVING)(deployments.cache)
 app.command("undeploy", rich_help_panel=_SERVING)(deployments.undeploy)
 app.add_typer(deployments.deployments, name="deployments", rich_help_panel=_SERVING)
+app.add_typer(rollouts.rollouts, name="rollout", rich_help_panel=_SERVING)
 app.command(rich_help_panel=_SERVING)(predict.predict)
 app.command(rich_help_panel=_SERVING)(nodes.replicas)
 app.add_typer(nodes.nodes, name="nodes", rich_help_panel=_SERVING)

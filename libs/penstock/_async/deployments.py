@@ -53,6 +53,7 @@ class AsyncDeployments(AsyncNodes):
         cache_bytes: int | None = None,
         coalesce: bool | None = None,
         autoscaling: Mapping[str, float] | None = None,
+        rollout_policy: deployment_pb2.RolloutPolicy | None = None,
         request_id: str | None = None,
     ) -> deployment_pb2.Deployment:
         """Offer versions of a model under a name, or change what is offered there; return at once.
@@ -78,6 +79,7 @@ class AsyncDeployments(AsyncNodes):
             autoscaling: Let the number of replicas follow the load: min_replicas (0 lets the last one end),
                 max_replicas, and in seconds queue_wait_objective, idle and cool_down; what is left out
                 stays as it is. {} keeps the number at `replicas` again.
+            rollout_policy: How new versions take over from now on; see `penstock.rollouts.rollout_policy`.
             request_id: A key (a UUID) that makes a repetition safe.
 
         Raises:
@@ -101,6 +103,7 @@ class AsyncDeployments(AsyncNodes):
                 deployment_pb2.Toleration(key=key, value=value) for key, value in (tolerations or {}).items()
             ],
             cache=_cache(cache, cache_ttl, cache_bytes, coalesce),
+            rollout_policy=rollout_policy,
             autoscaling=_autoscaling(autoscaling),
         )
         given = {
@@ -116,6 +119,7 @@ class AsyncDeployments(AsyncNodes):
             "cache.ttl": cache_ttl,
             "cache.max_bytes": cache_bytes,
             "cache.coalesce": coalesce,
+            "rollout_policy": rollout_policy,
             "autoscaling": autoscaling if autoscaling == {} else None,
             **{f"autoscaling.{part}": value for part, value in (autoscaling or {}).items()},
         }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from penstock._async import io
-from penstock._async.deployments import AsyncDeployments
+from penstock._async.rollouts import AsyncRollouts
 from penstock.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -31,7 +31,7 @@ _WAIT_PAUSE_SECONDS = 0.05
 Inputs = Mapping[str, Any] | Sequence[Any] | Array
 
 
-class AsyncInference(AsyncDeployments):
+class AsyncInference(AsyncRollouts):
     """What callers of a deployment use."""
 
     async def predict(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from penstock._sync import io
-from penstock._sync.deployments import Deployments
+from penstock._sync.rollouts import Rollouts
 from penstock.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -32,7 +32,7 @@ _WAIT_PAUSE_SECONDS = 0.05
 Inputs = Mapping[str, Any] | Sequence[Any] | Array
 
 
-class Inference(Deployments):
+class Inference(Rollouts):
     """What callers of a deployment use."""
 
     def predict(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
 from penstock import Client
 from penstock.common.v1 import resources_pb2
-from penstock.errors import InvalidArgument
+from penstock.errors import InvalidArgument, NotFound
 from penstock.names import parse_version, resource, short
+from penstock.rollouts import STRATEGIES
 from penstock.scheduler.v1 import deployment_pb2
 from penstock.traffic import describe_state, share_text, state_name, target_text
 from penstock_cli.commands.models import Yes, confirm, report_deleted
+from penstock_cli.commands.rollouts import policy_from_options, raise_if_taken_back
 from penstock_cli.groups import listing_group
 from penstock_cli.options import byte_count, seconds, shares, taints, words
 from penstock_cli.output import ago, console, print_json, print_table, say, together
@@ -128,6 +131,39 @@ def deploy(
     autoscaling: Annotated[
         bool, typer.Option("--autoscaling/--no-autoscaling", help="--no-autoscaling keeps their number.")
     ] = True,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(STRATEGIES),
+            help="How new versions take over from now on; they go back by themselves.",
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="5,25,100", help="Per cent of the traffic at each step of a canary.")
+    ] = None,
+    step_duration: Annotated[
+        str | None, typer.Option(metavar="10s", help="How long each step holds at least.")
+    ] = None,
+    min_answers: Annotated[
+        int | None, typer.Option(min=1, help="Answers of the new version at each step at least.")
+    ] = None,
+    patience: Annotated[
+        str | None, typer.Option(metavar="5m", help="How long a step waits for them; without it, for ever.")
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="errors=0.01",
+            help="How much worse it may be: errors, latency, disagreement, tolerance, false-alarms.",
+        ),
+    ] = None,
+    guard_metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="accuracy=0.01",
+            help="A metric that must not get worse by more; -loss=0.1 if less is better.",
+        ),
+    ] = None,
     wait: Wait = True,
     timeout: WaitSeconds = 120.0,
     endpoint: Endpoint = ENDPOINT,
@@ -177,6 +213,9 @@ def deploy(
             cache=cache,
             cache_ttl=cache_ttl,
             cache_bytes=byte_count("--cache-size", cache_size) if cache_size is not None else None,
+            rollout_policy=policy_from_options(
+                strategy, steps, step_duration, min_answers, patience, limit, guard_metric
+            ),
             coalesce=coalesce,
             autoscaling=(scaling or None) if autoscaling else {},
         )
@@ -347,7 +386,7 @@ def _follow(
     client: Client, deployment: deployment_pb2.Deployment, *, wait: bool, timeout: float, json: bool
 ) -> None:
     """Wait for a deployment if asked to, showing where it stands; then say how it ended."""
-    name = short(deployment.name)
+    name, asked = short(deployment.name), deployment.revision
     if wait:
         if json or not sys.stderr.isatty():
             deployment = client.wait_for_deployment(name, revision=deployment.revision, timeout=timeout)
@@ -361,9 +400,13 @@ def _follow(
                 )
     if json:
         print_json(deployment)
-        return
-    say(f"{name} is {describe_state(deployment)}")
-    say(f"  serves  {', '.join(_targets(deployment.targets))}")
+    else:
+        say(f"{name} is {describe_state(deployment)}")
+        say(f"  serves  {', '.join(_targets(deployment.targets))}")
+    if wait and deployment.revision != asked:
+        # It asks for something else by now: whoever waits for a rollout wants to hear how that ended.
+        with suppress(NotFound):
+            raise_if_taken_back(client.get_rollout(name, asked))
 
 
 def _targets(targets: Sequence[deployment_pb2.Target]) -> list[str]:
