@@ -68,12 +68,19 @@ class Autoscaler:
             if replica.deployment in ready and replica.state is ReplicaState.READY:
                 counts = ready[replica.deployment]
                 counts[replica.version] = counts.get(replica.version, 0) + 1
-        starved = evicted(snapshot, self._idle(scaled, now))
+        called = _called(snapshot)
+        idle = [name for name in self._idle(scaled, now) if name not in called]
+        starved = evicted(snapshot, idle)
         changed = []
         for name, deployment in scaled.items():
             if deployment.autoscaling is None:
                 continue
-            facts = self._facts(deployment, deployment.autoscaling, ready[name], snapshot, name in starved)
+            settings = deployment.autoscaling
+            if name in called:
+                # Replicas of ensembles call it, past the gateways: nobody counts these requests, and nothing
+                # would tell that one waits for a replica.
+                settings = replace(settings, min_replicas=max(1, settings.min_replicas))
+            facts = self._facts(deployment, settings, ready[name], snapshot, name in starved)
             scale, self._memories[deployment.uid] = decide(facts, self._memories.get(deployment.uid), now)
             if scale != deployment.scale:
                 changed.append(replace(deployment, scale=scale))
@@ -128,6 +135,18 @@ class Autoscaler:
             )
         scale = deployment.scale or Scale(deployment.desired_replicas)
         return Facts(settings, scale, tuple(targets), arrived, starved)
+
+
+def _called(snapshot: Snapshot) -> frozenset[str]:
+    """The deployments that a step of a deployed ensemble calls."""
+    return frozenset(
+        step.deployment
+        for deployment in snapshot.deployments.values()
+        if deployment.state is not DeploymentState.DELETING
+        for spec in filter(None, (deployment.asked, deployment.serving))
+        for target in spec.targets
+        for step in snapshot.versions[target.version].steps
+    )
 
 
 def _versions(deployment: Deployment, snapshot: Snapshot) -> Mapping[VersionKey, int]:

@@ -23,6 +23,11 @@ LEADING = Gauge("penstock_scheduler_leading", "1 while this scheduler leads")
 _NODES = Gauge("penstock_scheduler_nodes", "Nodes by state", ["state"])
 _DEPLOYMENTS = Gauge("penstock_scheduler_deployments", "Deployments by state", ["state"])
 _REPLICAS = Gauge("penstock_scheduler_replicas", "Replicas by state", ["state"])
+_DESIRED = Gauge(
+    "penstock_scheduler_desired_replicas",
+    "Replicas of each target that the load asks for, of deployments with autoscaling",
+    ["deployment"],
+)
 
 
 def count(snapshot: Snapshot) -> None:
@@ -37,3 +42,8 @@ def count(snapshot: Snapshot) -> None:
     for replica_state in ReplicaState:
         if replica_state is not ReplicaState.STOPPED:
             _REPLICAS.labels(replica_state.name).set(replicas[replica_state])
+    # Of deployments that are gone nothing is to be left.
+    _DESIRED.clear()
+    for deployment in snapshot.deployments.values():
+        if deployment.autoscaling is not None:
+            _DESIRED.labels(deployment.name).set(deployment.desired_replicas)
