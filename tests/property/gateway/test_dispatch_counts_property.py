@@ -1,9 +1,10 @@
-"""Whatever happens to requests and routes, what admission counts is what waits."""
+"""Whatever happens to requests, their copies and routes, what is counted is what waits, and what came."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
@@ -25,12 +26,19 @@ def queue(name: str, version: int) -> str:
     return f"{name}:{version}:abc"
 
 
-def table(generation: int, versions: dict[str, list[int]], ready: int) -> Table:
+def table(generation: int, versions: dict[str, list[int]], ready: int, mirrored: int = 0) -> Table:
     routes = {}
     for name, numbers in versions.items():
         targets = tuple(
             Target(
-                f"models/{name}", n, 50, queue(name, n), ready, Description(), frozenset({f"v{n}", "latest"})
+                f"models/{name}",
+                n,
+                50,
+                queue(name, n),
+                ready,
+                Description(),
+                frozenset({f"v{n}", "latest"}),
+                mirror_percent=mirrored if n == 2 else 0,
             )
             for n in numbers
         )
@@ -66,6 +74,7 @@ steps = st.lists(
                 st.sampled_from(NAMES), st.lists(st.integers(1, 2), unique=True, max_size=2), max_size=2
             ),
             st.integers(0, 3),
+            st.sampled_from([0, 50, 100]),
         ),
     ),
     max_size=60,
@@ -114,13 +123,16 @@ async def play(steps: list[tuple[object, ...]]) -> None:
                 await asyncio.sleep(0)
             case ("fail", str(name), int(version)):
                 sender.fail(queue(name, version), Unavailable("gone"))
-            case ("routes", dict(versions), int(ready)):
+            case ("routes", dict(versions), int(ready), int(mirrored)):
                 generation += 1
-                dispatcher.update(table(generation, versions, ready))
+                dispatcher.update(table(generation, versions, ready, mirrored))
         check(dispatcher, sender)
     for one in asked:
         if one.ticket is not None:
             dispatcher.cancel(one.ticket)
+    dispatcher.update(Table(generation + 1))
+    assert (dispatcher.mirror.shadows, sender.unanswered()) == ({}, 0), "no copy is left behind"
+    dispatcher.mirror.stop()
     check(dispatcher, sender)
     assert all(waitlist.waiting == 0 for waitlist in dispatcher.waitlists.values())
     assert all(len(one.outcomes) == 1 for one in asked)
@@ -129,8 +141,16 @@ async def play(steps: list[tuple[object, ...]]) -> None:
 
 def check(dispatcher: Dispatcher, sender: MemorySender) -> None:
     assert set(dispatcher.waitlists) == dispatcher.table.queues()
+    copies = Counter(
+        {s.target.queue: len(s.in_flight) for shadows in dispatcher.mirror.shadows.values() for s in shadows}
+    )
     for name, waitlist in dispatcher.waitlists.items():
-        assert waitlist.waiting == sender.unanswered(name)
+        assert waitlist.waiting + copies[name] == sender.unanswered(name)
         assert all(backlog.waiting >= 0 for backlog in waitlist.backlogs)
-    assert dispatcher.in_flight == sender.unanswered()
+    assert dispatcher.in_flight + copies.total() == sender.unanswered()
+    assert dispatcher.mirror.held >= 0
+    for tally in (*dispatcher.tallies.here, *dispatcher.tallies.gone):
+        assert sum(tally.latencies) == tally.succeeded + tally.failed
+        if tally.version != 2:  # of one that is never a shadow, whoever is answered has arrived
+            assert tally.succeeded + tally.failed + tally.overloaded <= tally.arrived
     assert dispatcher.in_flight == sum(lane.in_flight for lane in dispatcher.lanes.values())
