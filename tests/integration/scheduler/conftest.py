@@ -118,6 +118,7 @@ class ScriptedAgent:
         memory_bytes: int = 8 * GIB,
         gpus: int = 0,
         runtimes: tuple[str, ...] = ("torch", "onnx", "sklearn"),
+        instance: str = "",
     ) -> None:
         self.node = node_pb2.Node(
             name=f"nodes/{name}",
@@ -126,6 +127,7 @@ class ScriptedAgent:
             runtimes=runtimes,
             address="unix:/nowhere",
             agent_version="1",
+            instance=instance,
             devices=[
                 node_pb2.Device(id="cpu", kind=node_pb2.DEVICE_KIND_CPU, memory_bytes=memory_bytes),
                 *(
@@ -144,6 +146,7 @@ class ScriptedAgent:
         self.silent = False
         self.reports = 0
         self.heartbeat_seconds = 0.3
+        self.memory_bytes = 0
         self._address = address
         self._tasks: list[asyncio.Task[None]] = []
         self._poke = asyncio.Event()
@@ -180,7 +183,12 @@ class ScriptedAgent:
     ) -> None:
         """Reports a replica."""
         self.observed[replica] = replica_pb2.ObservedReplica(
-            name=replica, state=state, message=message, restarts=restarts, pid=4242
+            name=replica,
+            state=state,
+            message=message,
+            restarts=restarts,
+            pid=4242,
+            memory_bytes=self.memory_bytes,
         )
         self._poke.set()
 
@@ -396,6 +404,12 @@ class Bench:
         client = Client(address or self.address)
         self._clients.append(client)
         return client
+
+    def stranger(self, name: str = "n1", **traits: Any) -> ScriptedAgent:
+        """An agent that is not attached yet, and may be refused."""
+        agent = ScriptedAgent(self.address, name, **traits)
+        self.agents.append(agent)
+        return agent
 
     async def agent(self, name: str = "n1", **traits: Any) -> ScriptedAgent:
         """An attached agent."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from penstock_kit.errors import Aborted, FailedPrecondition, NotFound, Reason
+from penstock_kit.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, Reason
 from penstock_scheduler.domain.autoscaling.settings import Autoscaling
 from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.deployment import (
@@ -372,10 +372,18 @@ class Deployments:
         nodes = [view.node for view in await work.cluster.nodes("", MAX_NODES_LOOKED_AT)]
         if not nodes or len(nodes) == MAX_NODES_LOOKED_AT:
             return  # nobody knows what nodes there will be, or there are more than were looked at
-        empty = [Usage(replace(node, state=NodeState.READY)) for node in nodes]
+        empty = [
+            Usage(replace(node, state=NodeState.READY, cordoned=False, draining=False)) for node in nodes
+        ]
         for target in spec.targets:
             version = versions[target.version]
-            need = Need(version.runtime, group_of(spec, version, self._defaults).resources)
+            resources = group_of(spec, version, self._defaults).resources
+            if (resources.gpu_memory_bytes or resources.gpu_memory_millis) and not resources.gpus:
+                raise InvalidArgument(
+                    "Memory of GPUs is asked for, but no GPU; give resources.gpus too.",
+                    metadata={"field": "resources.gpus"},
+                )
+            need = Need(version.runtime, resources, spec.constraints, version.digest)
             verdicts = [check(usage, need) for usage in empty]
             if any(isinstance(verdict, Placement) for verdict in verdicts):
                 continue

@@ -197,6 +197,8 @@ def _choose_gpus(usage: Usage, resources: Resources) -> tuple[str, ...] | Reject
     fitting: list[tuple[int, str]] = []
     for gpu in node.gpus:
         use = usage.gpus.get(gpu.id, DeviceUse())
+        if gpu.parent_uuid and resources.gpus > 1:
+            continue  # CUDA lets a process use one slice (MIG) and no more
         free = gpu.memory_bytes - use.memory_bytes
         if resources.exclusive:
             fits = use.holders == 0
