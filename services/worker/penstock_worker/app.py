@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 from collections.abc import AsyncIterator, Mapping, Sequence
 
@@ -21,6 +22,7 @@ from penstock_kit.telemetry import (
 )
 from penstock_worker.adapters.bundle_cache import BundleCache
 from penstock_worker.adapters.forkserver.client import ForkServer
+from penstock_worker.adapters.installation import installation
 from penstock_worker.adapters.instance_lock import InstanceLock
 from penstock_worker.adapters.node_probe import NodeDevices, memory_of, probe
 from penstock_worker.adapters.reclaimer import RedisReclaimer
@@ -116,6 +118,8 @@ async def agent(
             cpu_millis=settings.worker_cpu_millis,
             memory_bytes=settings.worker_memory_bytes,
             memory_reserve_bytes=settings.worker_memory_reserve_bytes,
+            disk=data_dir,
+            disk_limit_bytes=settings.worker_cache_bytes,
         )
         surroundings = Surroundings(
             host=forks,
@@ -127,12 +131,15 @@ async def agent(
             changed=changes,
         )
         reconciler = Reconciler(_policy(settings), surroundings)
+        # Looked up when the directory is this agent's alone, and then known.
+        instance = functools.cache(lambda: installation(data_dir))
         report = Report(
             lambda: NodeIdentity(
                 settings.worker_node,
                 settings.worker_address or rpc.address,
                 settings.worker_labels,
                 importlib.metadata.version("penstock"),
+                instance(),
             ),
             capacity,
             lambda: tuple(name for name, module in runtimes.items() if forks.preloaded.get(module) == ""),

@@ -314,3 +314,70 @@ async def test_a_node_that_reports_what_cannot_be_stored_is_refused(bench: Any, 
 
     await bench.eventually(refused)
     assert agent.error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_name_that_another_machine_bears_is_not_given_to_a_second(bench: Any, client: Any) -> None:
+    first = await bench.agent("n1", instance="one")
+    await client.create()
+    await client.until_state("READY")
+    second = bench.stranger("n1", instance="two")
+    await second.attach()
+    await bench.eventually(lambda: second.error is not None)
+    assert second.error is not None
+    assert second.error.code() is grpc.StatusCode.ABORTED
+    assert "a name of its own" in second.error.details()
+    assert not second.desired
+    assert first.error is None
+    await first.vanish()
+    await first.attach()
+    await first.told(0)
+    assert first.error is None
+
+
+@QUICKLY_LOST
+async def test_another_machine_gets_the_name_when_the_first_is_lost_and_the_first_is_told(
+    bench: Any, client: Any
+) -> None:
+    first = await bench.agent("n1", instance="one")
+    await client.create()
+    await client.until_state("READY")
+    (before,) = await client.replicas()
+    await first.vanish()
+    second = bench.stranger("n1", instance="two")
+
+    async def accepted() -> bool:
+        if not second.desired:
+            await second.vanish()
+            await second.attach()
+            await bench.eventually(lambda: second.error is not None or second.generation > 0)
+        return bool(second.desired)
+
+    await bench.eventually(accepted)
+    assert before.name not in second.desired
+    first.generation = 0
+    await first.attach()
+    await bench.eventually(lambda: first.error is not None)
+    assert first.error is not None
+    assert first.error.code() is grpc.StatusCode.ABORTED
+    assert (await client.node()).instance == "two"
+
+
+async def test_after_a_restart_of_the_scheduler_a_name_is_still_the_first_machines(
+    bench: Any, client: Any
+) -> None:
+    first = await bench.agent("n1", instance="one")
+    await client.create()
+    await client.until_state("READY")
+    await first.vanish()
+    await bench.stop()
+    await bench.start()
+    second = bench.stranger("n1", instance="two")
+
+    async def refused_for_good() -> bool:
+        await second.vanish()
+        await second.attach()
+        await bench.eventually(lambda: second.error is not None or second.generation > 0)
+        return second.error is not None and second.error.code() is grpc.StatusCode.ABORTED
+
+    await bench.eventually(refused_for_good)
+    assert not second.desired

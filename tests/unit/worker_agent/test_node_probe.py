@@ -83,13 +83,36 @@ def test_capacity_can_be_set_and_never_is_negative(tmp_path: Path) -> None:
 class FakeNvml(types.ModuleType):
     """The part of pynvml that is used, with two GPUs."""
 
+    NVML_DEVICE_MIG_ENABLE = 1
+
     class NVMLError(Exception):
+        pass
+
+    class NVMLError_NotSupported(NVMLError):  # noqa: N801 - its own name
+        pass
+
+    class NVMLError_NotFound(NVMLError):  # noqa: N801
         pass
 
     def __init__(self, *, driver: bool = True) -> None:
         super().__init__("pynvml")
         self.driver = driver
         self.shut_down = False
+        self.cut: frozenset[int] = frozenset()
+
+    def nvmlDeviceGetMigMode(self, handle: int) -> tuple[int, int]:
+        if not self.cut:
+            raise self.NVMLError_NotSupported
+        return int(handle in self.cut), int(handle in self.cut)
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle: int) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle: int, place: int) -> str:
+        """Two slices, with an empty place between them."""
+        if place not in (0, 2):
+            raise self.NVMLError_NotFound
+        return f"MIG-{handle}{place}"
 
     def nvmlInit(self) -> None:
         if not self.driver:
@@ -104,14 +127,16 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
 
-    def nvmlDeviceGetName(self, handle: int) -> bytes | str:
+    def nvmlDeviceGetName(self, handle: int | str) -> bytes | str:
+        if isinstance(handle, str):
+            return "NVIDIA H100 MIG 3g.40gb"
         return b"NVIDIA H100" if handle == 0 else "NVIDIA H200"
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> types.SimpleNamespace:
-        return types.SimpleNamespace(total=80 * GIB)
+    def nvmlDeviceGetMemoryInfo(self, handle: int | str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(total=(40 if isinstance(handle, str) else 80) * GIB)
 
-    def nvmlDeviceGetUUID(self, handle: int) -> str:
-        return f"GPU-{handle}aaa"
+    def nvmlDeviceGetUUID(self, handle: int | str) -> str:
+        return f"{handle}aaa" if isinstance(handle, str) else f"GPU-{handle}aaa"
 
 
 @pytest.fixture
@@ -132,6 +157,47 @@ def test_gpus_are_found_with_name_memory_and_uuid(nvml: FakeNvml) -> None:
     )
     assert (second.id, second.model) == ("gpu1", "NVIDIA H200")
     assert nvml.shut_down
+
+
+def test_slices_of_a_gpu_are_offered_instead_of_it_and_name_it(nvml: FakeNvml) -> None:
+    nvml.cut = frozenset({0})
+    assert [(gpu.id, gpu.handle, gpu.parent) for gpu in probe_gpus()] == [
+        ("gpu0-0", "MIG-00aaa", "GPU-0aaa"),
+        ("gpu0-2", "MIG-02aaa", "GPU-0aaa"),
+        ("gpu1", "GPU-1aaa", ""),
+    ]
+    first = probe_gpus()[0]
+    assert (first.model, first.memory_bytes) == ("NVIDIA H100 MIG 3g.40gb", 40 * GIB)
+    assert NodeDevices(probe_gpus()).confine(("gpu0-2",)) == (
+        {"CUDA_VISIBLE_DEVICES": "MIG-02aaa"},
+        ("gpu0",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "ids"),
+    [
+        ("0", ["gpu0-0", "gpu0-2"]),
+        ("GPU-0", ["gpu0-0", "gpu0-2"]),
+        ("MIG-02", ["gpu0-2"]),
+        ("1", ["gpu1"]),
+        ("MIG-0", []),
+    ],
+)
+def test_slices_are_offered_where_they_or_their_gpu_may_be_seen(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, variable: str, ids: list[str]
+) -> None:
+    nvml.cut = frozenset({0})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert [gpu.id for gpu in probe_gpus()] == ids
+
+
+def test_disk_is_what_bundles_may_take_of_it(tmp_path: Path) -> None:
+    capacity = node_probe.probe(disk=tmp_path / "not" / "there yet", disk_limit_bytes=GIB)
+    assert capacity.disk_bytes == GIB
+    assert capacity.disk_bytes_free > 0
+    whole = node_probe.probe(disk=tmp_path, disk_limit_bytes=2**62).disk_bytes
+    assert GIB < whole < 2**62
 
 
 def test_without_a_driver_there_are_no_gpus(nvml: FakeNvml) -> None:

@@ -18,6 +18,7 @@ from penstock_scheduler.domain.joining import Doorkeeper
 from penstock_scheduler.usecases.attach import AttachHub, Session
 
 FIRST_MESSAGE_SECONDS = 10.0
+INFORMED_SECONDS = 2.0
 
 
 class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
@@ -41,7 +42,9 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
             raise InvalidArgument("An agent begins by saying what its node is; nothing came.") from None
         node = node_messages.node_from_message(first.node)
         replicas = node_messages.observed_from_messages(first.replicas)
-        session = self._hub.open(node.name)
+        if node.instance:
+            await self._hub.informed(INFORMED_SECONDS)
+        session = self._hub.open(node.name, node.instance)
         self._hub.report(session, node, replicas)
         reader = self._tasks.spawn(f"reports of {node.name}", self._read(session, request_iterator))
         try:
@@ -59,6 +62,10 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
                 if node.name != session.node:
                     raise InvalidArgument(
                         f"This stream is of nodes/{session.node}; attach anew as nodes/{node.name}."
+                    )
+                if node.instance != session.instance:
+                    raise InvalidArgument(
+                        f"This stream is of another installation of nodes/{node.name}; attach anew."
                     )
                 self._hub.report(session, node, node_messages.observed_from_messages(request.replicas))
         except PenstockError as error:

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from penstock_kit.errors import Aborted, PenstockError, Reason, Unavailable
-from penstock_scheduler.domain.node import Node, Report
+from penstock_scheduler.domain.node import Node, NodeState, Report
 from penstock_scheduler.domain.planner import Snapshot
 from penstock_scheduler.domain.replica import Observed, Replica, ReplicaState
 from penstock_scheduler.domain.version import Version
@@ -42,8 +43,9 @@ class Wanted:
 class Session:
     """One attached stream of one node."""
 
-    def __init__(self, node: str, wanted: Wanted | None) -> None:
+    def __init__(self, node: str, wanted: Wanted | None, instance: str = "") -> None:
         self.node = node
+        self.instance = instance
         self._wanted = wanted
         self._ended = False
         self._why: PenstockError | None = None
@@ -101,16 +103,49 @@ class AttachHub:
         self._heard: dict[str, _Heard] = {}
         self._wanted: dict[str, Wanted] = {}
         self._closed: Unavailable | None = None
+        # Which installation bears the name of each node that is not LOST; None before the database was read.
+        self._owners: Mapping[str, str] | None = None
+        self._informed = asyncio.Event()
 
-    def open(self, node: str) -> Session:
-        """Begins a stream; an earlier one of the same node ends.
+    async def informed(self, seconds: float) -> None:
+        """Waits, so long at most, until the database was read, which says whose the names are."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._informed.wait()
+
+    def open(self, node: str, instance: str = "") -> Session:
+        """Begins a stream; an earlier one of the same installation ends.
+
+        A name belongs to the installation that bears it until its node is LOST, also over a change of the
+        scheduler that leads: were another one told what runs there, replicas would run twice.
+
+        Args:
+            node: its name.
+            instance: which installation of a worker it is; empty if it does not say, and then all are one.
 
         Raises:
-            Unavailable: another scheduler leads, or this one is stopping.
+            Unavailable: another scheduler leads, this one is stopping, or it does not know yet whose the
+                name is.
+            Aborted: the name is another installation's; reason CONFLICT.
         """
         if self._closed is not None:
             raise self._closed
+        if instance and self._owners is None:
+            raise Unavailable(
+                "The scheduler has not read its database yet; attach again.",
+                reason=Reason.DEPENDENCY_UNAVAILABLE,
+                retry_after_seconds=0.1,
+            )
+        owner = (self._owners or {}).get(node, "")
         heard = self._heard.setdefault(node, _Heard(self._clock()))
+        holder = heard.session.instance if heard.session is not None else ""
+        if instance and (owner or holder or instance) != instance:
+            raise Aborted(
+                f"Another machine is nodes/{node}; give every worker a name of its own. If that machine is "
+                "gone, the name is free as soon as its node is LOST.",
+                reason=Reason.CONFLICT,
+                metadata={"node": node},
+            )
         if heard.session is not None:
             heard.session.end(
                 Aborted(
@@ -119,7 +154,7 @@ class AttachHub:
                     metadata={"node": node},
                 )
             )
-        heard.session = Session(node, self._wanted.get(node))
+        heard.session = Session(node, self._wanted.get(node), instance)
         return heard.session
 
     def close(self, session: Session) -> None:
@@ -136,8 +171,10 @@ class AttachHub:
         if heard is None or heard.session is not session:
             return
         heard.at = self._clock()
-        if node != heard.node or replicas != heard.replicas:
-            heard.node, heard.replicas = node, replicas
+        news = node != heard.node or replicas != heard.replicas
+        # Kept in any case: how much memory replicas use is no news, but the next pass looks at it.
+        heard.node, heard.replicas = node, replicas
+        if news:
             self._wakeup.wake()
 
     def silence(self, node: str) -> float | None:
@@ -167,6 +204,10 @@ class AttachHub:
 
     def publish(self, snapshot: Snapshot) -> None:
         """Makes every node's desired state what the snapshot says."""
+        self._owners = {
+            name: node.instance for name, node in snapshot.nodes.items() if node.state is NodeState.READY
+        }
+        self._informed.set()
         per_node: dict[str, list[Desired]] = {name: [] for name in snapshot.nodes}
         for replica in snapshot.replicas.values():
             if replica.placed:
@@ -199,6 +240,8 @@ class AttachHub:
             # What was heard and told grows old while another scheduler leads.
             self._heard.clear()
             self._wanted.clear()
+            self._owners = None
+            self._informed.clear()
 
     def stop(self) -> None:
         """Ends every stream for good."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ UNLIMITED_BYTES = 2**60
 
 
 def probe(
-    *, cpu_millis: int = 0, memory_bytes: int = 0, memory_reserve_bytes: int = 0, root: Path = Path("/")
+    *,
+    cpu_millis: int = 0,
+    memory_bytes: int = 0,
+    memory_reserve_bytes: int = 0,
+    disk: Path | None = None,
+    disk_limit_bytes: int = 0,
+    root: Path = Path("/"),
 ) -> Capacity:
     """Return what replicas and jobs may use.
 
@@ -29,6 +36,8 @@ def probe(
         cpu_millis: Thousandths of a core; 0 takes what this process may use.
         memory_bytes: Bytes of memory; 0 takes what this process may use, less the reserve.
         memory_reserve_bytes: Memory kept back.
+        disk: A folder that is there, or will be, on the disk of the bundles.
+        disk_limit_bytes: What bundles may take of that disk.
         root: Where /proc and /sys are.
     """
     groups = CgroupLimits(root)
@@ -40,7 +49,17 @@ def probe(
         limit = groups.memory_bytes()
         memory_bytes = max(0, (min(total, limit) if limit else total) - memory_reserve_bytes)
     processor = Device(CPU, gpu=False, model=_processor_name(root), memory_bytes=memory_bytes)
-    return Capacity(cpu_millis, memory_bytes, (processor, *probe_gpus()))
+    size, free = _disk(disk) if disk is not None else (0, 0)
+    return Capacity(cpu_millis, memory_bytes, (processor, *probe_gpus()), min(size, disk_limit_bytes), free)
+
+
+def _disk(folder: Path) -> tuple[int, int]:
+    """Return the bytes of the disk that a folder is on, and those that are free; zeros if nobody can say."""
+    for path in (folder, *folder.parents):
+        with contextlib.suppress(OSError):
+            usage = shutil.disk_usage(path)
+            return usage.total, usage.free
+    return 0, 0
 
 
 class CgroupLimits:
@@ -143,31 +162,61 @@ class NodeDevices:
 
 
 def _gpus(nvml: Any) -> list[Device]:
+    """Return the GPUs; of one that is cut into MIG slices the slices, as CUDA runs nothing on the whole."""
     gpus = []
     for index in range(nvml.nvmlDeviceGetCount()):
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        gpus.append(
-            Device(
-                id=f"gpu{index}",
-                gpu=True,
-                model=_text(nvml.nvmlDeviceGetName(handle)),
-                memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
-                handle=_text(nvml.nvmlDeviceGetUUID(handle)),
-            )
-        )
+        if _is_cut(nvml, handle):
+            parent = _text(nvml.nvmlDeviceGetUUID(handle))
+            for place in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+                # There are as many places as the smallest slices would take; most are empty.
+                with contextlib.suppress(nvml.NVMLError_NotFound):
+                    piece = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
+                    gpus.append(_device(nvml, piece, f"gpu{index}-{place}", parent))
+        else:
+            gpus.append(_device(nvml, handle, f"gpu{index}"))
     return gpus
 
 
+def _is_cut(nvml: Any, handle: Any) -> bool:
+    """Return whether a GPU is in MIG mode; most cannot be."""
+    try:
+        now, _ = nvml.nvmlDeviceGetMigMode(handle)
+    except nvml.NVMLError_NotSupported:
+        return False
+    return bool(now == nvml.NVML_DEVICE_MIG_ENABLE)
+
+
+def _device(nvml: Any, handle: Any, name: str, parent: str = "") -> Device:
+    return Device(
+        id=name,
+        gpu=True,
+        model=_text(nvml.nvmlDeviceGetName(handle)),
+        memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+        handle=_text(nvml.nvmlDeviceGetUUID(handle)),
+        parent=parent,
+    )
+
+
 def _visible(gpus: list[Device], variable: str | None) -> tuple[Device, ...]:
-    """Return the GPUs named in CUDA_VISIBLE_DEVICES; like CUDA, stop at the first unknown one."""
+    """Return the GPUs named in CUDA_VISIBLE_DEVICES; like CUDA, stop at the first unknown one.
+
+    A whole GPU that is cut into slices stands for all of them.
+    """
     if variable is None:
         return tuple(gpus)
     seen = []
     for name in filter(None, (part.strip() for part in variable.split(","))):
         matching = [gpu for gpu in gpus if name == gpu.id.removeprefix("gpu") or gpu.handle.startswith(name)]
-        if len(matching) != 1:
+        slices = [
+            gpu
+            for gpu in gpus
+            if gpu.parent
+            and (gpu.parent.startswith(name) or gpu.id.removeprefix("gpu").partition("-")[0] == name)
+        ]
+        if len(matching) != 1 and len({piece.parent for piece in slices}) != 1:
             break
-        seen.append(matching[0])
+        seen += matching if len(matching) == 1 else slices
     return tuple(seen)
 
 

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.json_format import MessageToJson
 
 from penstock.scheduler.v1 import node_service_pb2, node_service_pb2_grpc, replica_pb2
-from penstock_kit.errors import PenstockError
+from penstock_kit.errors import PenstockError, Reason
 from penstock_kit.joining import JOIN_TOKEN_KEY
 from penstock_kit.names import parse_deployment, parse_replica, parse_version
 from penstock_worker.domain.replica import BatchingPolicy
@@ -86,6 +86,10 @@ class SchedulerClient:
                 await self._attach()
             except PenstockError as error:
                 why = str(error)
+                if error.reason == Reason.CONFLICT:
+                    # The name is another machine's by now, and what ran here was placed anew: it must not
+                    # run twice.
+                    self._apply(0, [])
             await self._attached(False)
             if loop.time() - began > SETTLED_SECONDS:
                 pause, said, tried = FIRST_RETRY_SECONDS, set(), 0

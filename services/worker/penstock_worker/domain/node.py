@@ -19,6 +19,8 @@ class Device:
     """For the processor, the memory that replicas may use."""
     handle: str = ""
     """What CUDA knows the device by (its UUID); empty for the processor."""
+    parent: str = ""
+    """UUID of the whole GPU that it is a slice of (MIG)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +31,10 @@ class Capacity:
     """Thousandths of a core."""
     memory_bytes: int
     devices: tuple[Device, ...]
+    disk_bytes: int = 0
+    """Disk that bundles may use."""
+    disk_bytes_free: int = 0
+    """Disk that was free when the agent started; it changes too often to be told anew."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +47,8 @@ class NodeIdentity:
     """Where its agent's WorkerService listens."""
     labels: Mapping[str, str]
     agent_version: str
+    instance: str = ""
+    """Which installation of a worker this is, so that two that bear one name are told apart."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

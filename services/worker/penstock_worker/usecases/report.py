@@ -74,6 +74,7 @@ class Report:
                     kind=node_pb2.DEVICE_KIND_GPU if device.gpu else node_pb2.DEVICE_KIND_CPU,
                     model=device.model,
                     memory_bytes=device.memory_bytes,
+                    parent_uuid=device.parent,
                 )
                 for device in self._capacity.devices
             ],
@@ -84,6 +85,9 @@ class Report:
             cached_digests=[bundle.digest for bundle in self._bundles.cached()],
             runtimes=self._runtimes(),
             agent_version=identity.agent_version,
+            instance=identity.instance,
+            disk_bytes=self._capacity.disk_bytes,
+            disk_bytes_free=self._capacity.disk_bytes_free,
         )
 
     def replicas(self) -> list[replica_pb2.ObservedReplica]:
