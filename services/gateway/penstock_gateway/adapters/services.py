@@ -10,10 +10,10 @@ from penstock.registry.v1 import registry_service_pb2, registry_service_pb2_grpc
 from penstock.scheduler.v1 import (
     deployment_pb2,
     routing_service_pb2,
-    routing_service_pb2_grpc,
     scheduler_service_pb2,
     scheduler_service_pb2_grpc,
 )
+from penstock_gateway.domain.traffic import Tally
 from penstock_gateway.usecases.ports import DeploymentView
 from penstock_gateway.usecases.traffic import Reported
 from penstock_kit.errors import NotFound
@@ -93,7 +93,12 @@ class TrafficClient:
     """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = routing_service_pb2_grpc.RoutingServiceStub(channel)
+        self._report = channel.unary_unary(
+            "/penstock.scheduler.v1.RoutingService/ReportTraffic",
+            request_serializer=bytes,
+            response_deserializer=routing_service_pb2.ReportTrafficResponse.FromString,
+        )
+        self._written: dict[Tally, tuple[tuple[int, ...], bytes]] = {}
 
     async def report(self, gateway: str, uptime_seconds: float, targets: Sequence[Reported]) -> None:
         """Tell what a gateway process has counted.
@@ -101,11 +106,30 @@ class TrafficClient:
         Raises:
             PenstockError: No scheduler took it.
         """
-        request = routing_service_pb2.ReportTrafficRequest(
-            gateway=gateway, targets=[to_traffic(one) for one in targets]
-        )
+        request = routing_service_pb2.ReportTrafficRequest(gateway=gateway)
         request.uptime.FromNanoseconds(int(uptime_seconds * 1e9))
-        await self._stub.ReportTraffic(request, timeout=_REPORT_SECONDS)
+        parts = [request.SerializeToString(), *(self._part(one) for one in targets)]
+        if len(self._written) > 2 * len(targets):
+            self._written = {one.tally: self._written[one.tally] for one in targets}
+        await self._report(b"".join(parts), timeout=_REPORT_SECONDS)
+
+    def _part(self, one: Reported) -> bytes:
+        """Return what is said of one version as a field of the request.
+
+        Kept while nothing changes: to write a thousand anew takes 5 ms, in which nobody is served.
+        """
+        tally = one.tally
+        state = (
+            *(tally.arrived, tally.succeeded, tally.failed, tally.overloaded),
+            *(tally.agreed, tally.disagreed, one.waiting, one.waiting_for_replica),
+        )
+        known = self._written.get(tally)
+        if known is not None and known[0] == state:
+            return known[1]
+        # Serialized messages, one after another, are one message with the fields of all.
+        part = routing_service_pb2.ReportTrafficRequest(targets=[to_traffic(one)]).SerializeToString()
+        self._written[tally] = (state, part)
+        return part
 
 
 def to_traffic(one: Reported) -> routing_service_pb2.TargetTraffic:
