@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--cases", type=int, default=30, help="small clusters to fill, at each of three loads"
     )
+    parser.add_argument(
+        "--ortools", action="store_true", help="find the optimum with OR-tools, not with HiGHS"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="small clusters at a time")
     options = parser.parse_args(arguments)
     for part in options.parts:
@@ -43,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         _say(str(lives))
         failed = bool(lives.breaches)
     if "packing" in parts:
-        packing.report(range(options.cases), LOADS, _say)
+        packing.report(range(options.cases), LOADS, _say, ortools=options.ortools)
     return int(failed)
 
 

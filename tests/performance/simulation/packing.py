@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -17,6 +19,7 @@ from penstock_scheduler.domain.node import Node, Report
 from penstock_scheduler.domain.planner import Snapshot, plan
 from penstock_scheduler.domain.planner.feasible import Need, Placement, Usage, check
 from penstock_scheduler.domain.resources import Resources
+from performance import environments
 from performance.simulation import machines
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -69,15 +72,9 @@ def large(seed: int, nodes: int = 100) -> Case:
     return Case(machines_, tuple(_asked(random_, 1.05 * _capacity(machines_), [1, 1, 2, 4, 8])))
 
 
-def compare(one: Case, best: Callable[[Case], int] | None = None) -> Fill:
-    """Fill the nodes of a case in every way; `best` bounds them all, by default the optimum."""
-    bound = (best or optimum)(one)
-    return Fill(_planned(one, at_once=True), _planned(one, at_once=False), _first_fit(one), bound)
-
-
-def all_memory(one: Case) -> int:
-    """All GPU memory there is, which no schedule exceeds either."""
-    return _capacity(one.nodes)
+def compare(one: Case, best: int) -> Fill:
+    """Fill the nodes of a case in every way; `best` is what no schedule exceeds."""
+    return Fill(_planned(one, at_once=True), _planned(one, at_once=False), _first_fit(one), best)
 
 
 def optimum(one: Case) -> int:
@@ -125,15 +122,58 @@ def optimum(one: Case) -> int:
     return min(most, round(-result.mip_dual_bound * scale))
 
 
-def report(seeds: Sequence[int], loads: Sequence[float], say: Callable[[str], None]) -> list[Fill]:
-    """Compare many cases; say what the planner and first-fit lack of the optimum."""
+def optima(cases: Sequence[Case]) -> list[int]:
+    """The same as `optimum` by OR-tools, in an environment of its own below `.bench/`.
+
+    Raises:
+        CannotInstall: OR-tools are not to be had here.
+    """
+    described = [
+        {
+            "nodes": [
+                {
+                    "cpu": node.cpu_millis,
+                    "memory": node.memory_bytes // machines.GIB,
+                    "gpus": [gpu.memory_bytes // machines.GIB for gpu in node.gpus],
+                }
+                for node in one.nodes
+            ],
+            "replicas": [
+                {
+                    "cpu": needs.cpu_millis,
+                    "memory": needs.memory_bytes // machines.GIB,
+                    "gpus": needs.gpus,
+                    "share": needs.gpu_memory_bytes // machines.GIB,
+                }
+                for needs in one.replicas
+            ],
+        }
+        for one in cases
+    ]
+    done = subprocess.run(
+        [environments.python_of("ortools"), environments.REQUIREMENTS / "ortools_packing.py"],
+        input=json.dumps(described),
+        capture_output=True,
+        text=True,
+        timeout=len(cases) * 2 * SOLVER_SECONDS,
+        check=True,
+    )
+    return [gib * machines.GIB for gib in json.loads(done.stdout)]
+
+
+def report(
+    seeds: Sequence[int], loads: Sequence[float], say: Callable[[str], None], *, ortools: bool = False
+) -> list[Fill]:
+    """Compare many cases; say what the planner and first-fit lack of the optimum (by OR-tools, or HiGHS)."""
     fills: list[Fill] = []
     for load in loads:
-        here = [compare(case(seed, load)) for seed in seeds]
+        cases = [case(seed, load) for seed in seeds]
+        best = optima(cases) if ortools else [optimum(one) for one in cases]
+        here = [compare(one, bound) for one, bound in zip(cases, best, strict=True)]
         fills += here
         say(f"{load:g} × the GPU memory, {len(here)} cases: {_shortfalls(here)}")
     say(f"below the optimum in all {len(fills)} cases: {_shortfalls(fills)}")
-    big = [compare(large(seed), all_memory) for seed in seeds[:2]]
+    big = [compare(one, _capacity(one.nodes)) for one in map(large, seeds[:2])]
     say(f"below all of the GPU memory, 100 nodes: {_shortfalls(big)}")
     return fills
 
