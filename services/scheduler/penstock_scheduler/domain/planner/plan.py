@@ -222,10 +222,10 @@ class _Draft:
             return
         fleet = Fleet(usage_of(node, self._replicas_on(name)) for name, node in self._nodes.items())
         fleet.cache(replica.digest for replica in waiting)
-        neighbours: dict[str, Counter[str]] = defaultdict(Counter)
-        for replica in self._replicas.values():
-            if replica.placed and replica.wanted:
-                neighbours[replica.deployment][replica.node] += 1
+        neighbours = {
+            name: Counter(r.node for r in self._replicas_of(name) if r.placed and r.wanted)
+            for name in {replica.deployment for replica in waiting}
+        }
         left_over: list[tuple[Replica, Need]] = []
         for replica in sorted(waiting, key=rank.turn):
             need = self._need(replica)
