@@ -141,8 +141,9 @@ class UpdateDeploymentRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Optional. targets, replicas, resources, batching, labels, max_queue_depth, cache, or a part of the cache such as
-        cache.ttl; empty means all that are set.
+        """Optional. targets, replicas, resources, batching, labels, max_queue_depth, cache, autoscaling, rollout_policy,
+        node_selector, tolerations, or a part of the cache or the autoscaling such as cache.ttl; empty means all that
+        are set.
         """
 
     def __init__(

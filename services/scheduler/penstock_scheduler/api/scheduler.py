@@ -138,8 +138,13 @@ class SchedulerServicer(RolloutServicer):
     ) -> AsyncIterator[deployment_pb2.Deployment]:
         """See scheduler_service.proto."""
         name = names.parse_deployment(request.name)
+        sent: deployment_pb2.Deployment | None = None
         async for view in watch_deployment(name, self._deployments, self._reconciler.deployments):
-            yield convert.deployment_to_message(view)
+            message = convert.deployment_to_message(view)
+            # What a rollout counts changes each second, and is not part of it.
+            if message != sent:
+                sent = message
+                yield message
 
     async def ListDeploymentRevisions(
         self, request: pb.ListDeploymentRevisionsRequest, context: Context
