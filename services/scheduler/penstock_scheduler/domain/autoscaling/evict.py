@@ -30,13 +30,15 @@ def evicted(snapshot: Snapshot, idle: Sequence[str]) -> Collection[str]:
     first = min(starved, key=lambda r: (r.create_time, r.id))
     need = Need(snapshot.versions[first.version].runtime, first.resources, first.constraints, first.digest)
     on: dict[str, list[Replica]] = defaultdict(list)
+    nodes_of: dict[str, set[str]] = defaultdict(set)
     for replica in snapshot.replicas.values():
         if replica.placed:
             on[replica.node].append(replica)
+            nodes_of[replica.deployment].add(replica.node)
     gone: list[str] = []
     for name in idle:
         gone.append(name)
-        for node in {r.node for replicas in on.values() for r in replicas if r.deployment == name}:
+        for node in sorted(nodes_of[name]):
             left = [r for r in on[node] if r.deployment not in gone]
             if isinstance(check(usage_of(snapshot.nodes[node], left), need), Placement):
                 there = {r.deployment for r in on[node]}
