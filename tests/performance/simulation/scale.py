@@ -50,6 +50,7 @@ class Figures:
     steady_seconds: float
     steady_waiting_seconds: float
     waiting: int
+    fragmented_share: float
     node_lost_seconds: float
     peak_gib: float
 
@@ -108,6 +109,18 @@ def settle(snapshot: Snapshot) -> Snapshot:
     raise AssertionError("it never settles")
 
 
+def fragmented(snapshot: Snapshot) -> float:
+    """The part of all GPU memory that nobody holds although replicas wait for some."""
+    sizes = {(n.name, gpu.id): gpu.memory_bytes for n in snapshot.nodes.values() for gpu in n.gpus}
+    held = sum(
+        replica.resources.gpu_bytes(sizes[replica.node, device]) or sizes[replica.node, device]
+        for replica in snapshot.replicas.values()
+        if replica.resources.gpus
+        for device in replica.devices
+    )
+    return 1 - held / sum(sizes.values())
+
+
 def measure(size: Size, seed: int, say: Callable[[str], None]) -> Figures:
     """Fill a cluster, settle it, ask for a burst, settle again; time each step of the planner."""
     random_ = random.Random(seed)
@@ -123,7 +136,8 @@ def measure(size: Size, seed: int, say: Callable[[str], None]) -> Figures:
     changes, burst_seconds = timed(lambda: plan(snapshot))
     snapshot = changes.after(snapshot)
     placed = sum(1 for r in snapshot.replicas.values() if r.node and r.id not in before)
-    say(f"burst: {placed} of {size.burst} replicas placed in {burst_seconds:.2f} s")
+    rate = placed / burst_seconds
+    say(f"burst: {placed} of {size.burst} replicas placed in {burst_seconds:.2f} s ({rate:.0f} a second)")
     snapshot = later(answered(snapshot), 1, "started")
     changes, started_seconds = timed(lambda: plan(snapshot))
     say(f"{len(changes.replicas)} replicas became READY: {started_seconds:.2f} s")
@@ -139,6 +153,9 @@ def measure(size: Size, seed: int, say: Callable[[str], None]) -> Figures:
     waiting = sum(1 for r in full.replicas.values() if r.state is ReplicaState.PENDING)
     _, steady_waiting_seconds = timed(lambda: plan(full))
     say(f"steady, {waiting} of {len(full.replicas)} replicas without a place: {steady_waiting_seconds:.3f} s")
+
+    fragmented_share = fragmented(full)
+    say(f"and of the GPU memory {fragmented_share:.2%} is free, but in pieces too small for what waits")
 
     gone = next(iter(snapshot.nodes))
     lost = replace(snapshot.reports[gone], attached=False, silent_seconds=60.0)
@@ -156,6 +173,7 @@ def measure(size: Size, seed: int, say: Callable[[str], None]) -> Figures:
         steady_seconds,
         steady_waiting_seconds,
         waiting,
+        fragmented_share,
         lost_seconds,
         peak,
     )
