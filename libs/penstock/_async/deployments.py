@@ -76,8 +76,8 @@ class AsyncDeployments(AsyncNodes):
             cache_ttl: Seconds that an answer is kept.
             cache_bytes: Bytes of answers that one gateway process keeps at most.
             coalesce: Let a request wait for the answer to an equal one that is being computed.
-            autoscaling: Let the number of replicas follow the load: min_replicas (0 lets the last one end),
-                max_replicas, and in seconds queue_wait_objective, idle and cool_down; what is left out
+            autoscaling: Let the number of replicas follow the load: min_replicas (1; 0 lets the last one
+                end), max_replicas, and in seconds queue_wait_objective, idle and cool_down; what is left out
                 stays as it is. {} keeps the number at `replicas` again.
             rollout_policy: How new versions take over from now on; see `penstock.rollouts.rollout_policy`.
             request_id: A key (a UUID) that makes a repetition safe.
@@ -295,7 +295,8 @@ class AsyncDeployments(AsyncNodes):
 def _autoscaling(parts: Mapping[str, float] | None) -> deployment_pb2.Autoscaling | None:
     if not parts:
         return None
-    message = deployment_pb2.Autoscaling()
+    # Only who says so lets the last replica end.
+    message = deployment_pb2.Autoscaling(min_replicas=1)
     for part, value in parts.items():
         if part in ("min_replicas", "max_replicas"):
             if not -_MAX_INT32 <= value <= _MAX_INT32:

@@ -160,6 +160,22 @@ class TestDeployments:
         assert list(mesh.requests["UpdateDeployment"].update_mask.paths) == ["targets"]
         assert client.get_deployment("digits").replicas == 3
 
+    def test_each_part_of_the_autoscaling_is_set_alone(
+        self, client: Client, mesh: FakeMesh, folder: Path
+    ) -> None:
+        client.push(folder, model="digits")
+        made = client.deploy("digits", autoscaling={"max_replicas": 4, "queue_wait_objective": 0.05})
+        assert (made.autoscaling.min_replicas, made.autoscaling.max_replicas) == (1, 4)
+        assert made.autoscaling.queue_wait_objective.nanos == 50_000_000
+        made = client.deploy("digits", autoscaling={"min_replicas": 0})
+        assert (made.autoscaling.min_replicas, made.autoscaling.max_replicas) == (0, 4)
+        paths = list(mesh.requests["UpdateDeployment"].update_mask.paths)
+        assert paths == ["targets", "autoscaling.min_replicas"]
+        assert not client.deploy("digits", autoscaling={}).HasField("autoscaling")
+        for wrong in ({"replicas": 3}, {"max_replicas": 1e30}, {"idle": float("inf")}):
+            with pytest.raises(InvalidArgument):
+                client.deploy("digits", autoscaling=wrong)
+
     def test_each_part_of_the_cache_is_set_alone(self, client: Client, mesh: FakeMesh, folder: Path) -> None:
         client.push(folder)
         made = client.deploy("digits", cache=True, cache_ttl=0.5, cache_bytes=4096)
