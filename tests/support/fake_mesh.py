@@ -63,6 +63,7 @@ class FakeMesh(RegistryServiceServicer, SchedulerServiceServicer):
         self.received: dict[tuple[str, str], bytes] = defaultdict(bytes)
         self.deployments: dict[str, deployment_pb2.Deployment] = {}
         self.revisions: list[deployment_pb2.DeploymentRevision] = []
+        self.node = node_pb2.Node(name="nodes/worker-1", state=node_pb2.NODE_STATE_READY, cpu_millis=4000)
         self.calls: Counter[str] = Counter()
         self.requests: dict[str, Any] = {}
         self.cut_uploads_after: int | None = None
@@ -255,8 +256,19 @@ class FakeMesh(RegistryServiceServicer, SchedulerServiceServicer):
             ended.wait(10.0)
 
     def ListNodes(self, request: Any, context: Any) -> scheduler.ListNodesResponse:
-        node = node_pb2.Node(name="nodes/worker-1", state=node_pb2.NODE_STATE_READY, cpu_millis=4000)
-        return scheduler.ListNodesResponse(nodes=[node])
+        return scheduler.ListNodesResponse(nodes=[self.node])
+
+    def GetNode(self, request: Any, context: Any) -> node_pb2.Node:
+        if request.name != self.node.name:
+            raise NotFound(f"There is no node {request.name}.")
+        return self.node
+
+    def UpdateNode(self, request: Any, context: Any) -> node_pb2.Node:
+        self.GetNode(request.node, context)
+        for path in request.update_mask.paths:
+            self.node.ClearField(path)
+        request.update_mask.MergeMessage(request.node, self.node)
+        return self.node
 
     def ListReplicas(self, request: Any, context: Any) -> scheduler.ListReplicasResponse:
         replica = replica_pb2.Replica(
@@ -266,7 +278,8 @@ class FakeMesh(RegistryServiceServicer, SchedulerServiceServicer):
             state=replica_pb2.REPLICA_STATE_PENDING,
             message="no node has room",
         )
-        return scheduler.ListReplicasResponse(replicas=[replica])
+        here = not (self.node.draining and request.node)
+        return scheduler.ListReplicasResponse(replicas=[replica] if here else [])
 
     # Inference
 
