@@ -50,7 +50,7 @@ VERSIONS = {
 }
 CALLERS = 8
 WITHIN_SECONDS = 15.0
-SAME_ROLLOUTS = 4
+SAME_ROLLOUTS = int(os.environ.get("PENSTOCK_EQUAL_ROLLOUTS", "4"))
 
 
 @dataclass
