@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from penstock_scheduler.domain.version import VersionKey
@@ -71,6 +71,10 @@ class Counts:
         """The larger of each: of two reports of one process, what the later one says."""
         return self._combine(other, max)
 
+    def without_latencies(self) -> Counts:
+        """The same, but for the histogram."""
+        return replace(self, latencies=_NO_LATENCIES)
+
     def part(self, fraction: float) -> Counts:
         """A part of each, rounded."""
         return self._combine(self, lambda mine, _: round(mine * fraction))
@@ -126,11 +130,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What happened over the last while to one version, or to all of a deployment.
+    """What happened to a version over the last while.
 
     Attributes:
         seconds: how long the window is; 0 when no gateway reports, and so nobody knows.
-        counts: what happened within it.
+        counts: what happened within it; without latencies.
         waiting: requests that wait for an answer now, those being computed included.
         waiting_for_replica: those among them that wait because there is no replica.
     """

@@ -48,6 +48,8 @@ class _Sum:
     def __init__(self, now: float) -> None:
         self.total = NO_COUNTS
         self.changed_at = now
+        # Without latencies, which would be most of its size and of the work.
+        self._plain = NO_COUNTS
         self._history: deque[_Moment] = deque([_Moment(now, NO_COUNTS)])
 
     def add(self, delta: Counts, now: float) -> None:
@@ -57,27 +59,28 @@ class _Sum:
         history = self._history
         if now - history[-1].at > REPORT_SECONDS:
             # It did not happen over the whole of the silence, but since the last report.
-            history.append(_Moment(now - REPORT_SECONDS, self.total))
+            history.append(_Moment(now - REPORT_SECONDS, self._plain))
         self.total += delta
+        self._plain = self.total.without_latencies()
         self.changed_at = now
         if len(history) > 1 and now - history[-2].at < _GRAIN_SECONDS:
-            history[-1] = _Moment(now, self.total)
+            history[-1] = _Moment(now, self._plain)
         else:
-            history.append(_Moment(now, self.total))
+            history.append(_Moment(now, self._plain))
         while len(history) > 2 and history[1].at < now - HISTORY_SECONDS:
             history.popleft()
 
-    def at(self, moment: float) -> Counts:
-        """The total as it was then; between two reports it grows evenly."""
-        later = self.total
-        later_at = math.inf
+    def since(self, moment: float) -> Counts:
+        """What happened since then, without latencies; between two reports it is spread evenly."""
+        later, later_at = self._plain, math.inf
         for at, counts in reversed(self._history):
             if at <= moment:
                 if later_at == math.inf:
-                    return counts
-                return counts + (later - counts).part((moment - at) / (later_at - at))
+                    return NO_COUNTS
+                before = counts + (later - counts).part((moment - at) / (later_at - at))
+                return self._plain - before
             later, later_at = counts, at
-        return later
+        return self._plain - later
 
 
 class Traffic:
@@ -161,12 +164,23 @@ class Traffic:
         return NO_COUNTS if found is None else found.total
 
     def window(self, deployment: str, version: VersionKey, seconds: float) -> Window:
-        """What happened to one version over the last seconds, `HISTORY_SECONDS` at most."""
-        return self._window(deployment, {version}, seconds)
-
-    def deployment_window(self, deployment: str, seconds: float) -> Window:
-        """What happened to all versions of a deployment over the last seconds."""
-        return self._window(deployment, self._sums.get(deployment, {}).keys(), seconds)
+        """What happened to a version over the last seconds, `HISTORY_SECONDS` at most; without latencies."""
+        now = self._clock()
+        live = [g for g in self._gateways.values() if now - g.heard_at <= GONE_SECONDS]
+        if not live or self._led_since is None:
+            return Window()
+        # It ends at the last report: what came after that nobody has told yet.
+        end = max(gateway.heard_at for gateway in live)
+        # A scheduler that has led for a moment only has seen no more than that.
+        length = min(seconds, HISTORY_SECONDS, max(end - self._led_since, 1.0))
+        known = self._sums.get(deployment, {}).get(version)
+        said = [one for gateway in live if (one := gateway.last.get(TrafficKey(deployment, version)))]
+        return Window(
+            length,
+            NO_COUNTS if known is None else known.since(end - length),
+            sum(one.waiting for one in said),
+            sum(one.waiting_for_replica for one in said),
+        )
 
     def versions(self, deployment: str) -> Collection[VersionKey]:
         """The versions of which gateways have said anything."""
@@ -197,28 +211,6 @@ class Traffic:
         if len(self._gateways) >= MAX_GATEWAYS:
             silent = min(self._gateways, key=lambda name: self._gateways[name].heard_at)
             del self._gateways[silent]
-
-    def _window(self, deployment: str, versions: Collection[VersionKey], seconds: float) -> Window:
-        now = self._clock()
-        live = [g for g in self._gateways.values() if now - g.heard_at <= GONE_SECONDS]
-        if not live or self._led_since is None:
-            return Window()
-        # It ends at the last report: what came after that nobody has told yet.
-        end = max(gateway.heard_at for gateway in live)
-        # A scheduler that has led for a moment only has seen no more than that.
-        length = min(seconds, HISTORY_SECONDS, max(end - self._led_since, 1.0))
-        counts = NO_COUNTS
-        sums = self._sums.get(deployment, {})
-        for version in versions:
-            if version in sums:
-                counts += sums[version].total - sums[version].at(end - length)
-        waiting = waiting_for_replica = 0
-        for gateway in live:
-            for key, one in gateway.last.items():
-                if key.deployment == deployment and key.version in versions:
-                    waiting += one.waiting
-                    waiting_for_replica += one.waiting_for_replica
-        return Window(length, counts, waiting, waiting_for_replica)
 
 
 __all__ = ["GONE_SECONDS", "HISTORY_SECONDS", "MAX_TARGETS", "Traffic"]

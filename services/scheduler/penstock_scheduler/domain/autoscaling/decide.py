@@ -97,7 +97,7 @@ class Facts:
     @property
     def known(self) -> bool:
         """Whether any gateway reports."""
-        return any(target.sudden.known for target in self.targets)
+        return bool(self.targets) and all(t.sudden.known and t.steady.known for t in self.targets)
 
     @property
     def waiting(self) -> int:
