@@ -48,6 +48,8 @@ def agree(
     """
     if first == second:
         return True
+    if payload_format == PAYLOAD_FORMAT_OIP_GRPC and _same_bits(first[0], second[0]):
+        return True
     try:
         ours = _read(payload_format, *first)
     except _UNREADABLE:
@@ -59,6 +61,16 @@ def agree(
     if isinstance(ours, list) and isinstance(theirs, list):
         return same_outputs(ours, theirs, tolerance)
     return same_trees(ours, theirs, tolerance)
+
+
+def _same_bits(first: bytes, second: bytes) -> bool:
+    """Return whether two messages have the same outputs bit by bit: most have, and are done with quickly."""
+    try:
+        a, b = oip.ModelInferResponse.FromString(first), oip.ModelInferResponse.FromString(second)
+    except DecodeError:
+        return False
+    same: bool = a.raw_output_contents == b.raw_output_contents and a.outputs == b.outputs
+    return same and len({one.name for one in a.outputs}) == len(a.outputs) > 0
 
 
 def _read(payload_format: int, payload: bytes, json_length: int) -> Any:

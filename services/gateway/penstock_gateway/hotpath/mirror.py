@@ -41,8 +41,9 @@ MOST_BYTES = 64 << 20
 # Answers larger than this are not compared. A parser of JSON lets no other thread run meanwhile: 1.6 ms.
 MOST_ANSWER_BYTES = 16 << 20
 MOST_JSON_BYTES = 64 << 10
-# Answers that wait to be compared, and how long the thread rests after each for the time that it took: a
+# The comparing thread lets answers gather, works for a while, and rests four times as long as that took: a
 # fifth of a core at most goes there.
+GATHER_SECONDS, WORK_SECONDS = 0.002, 0.001
 MOST_COMPARING, REST_FACTOR, MOST_REST_SECONDS = 1024, 4.0, 0.1
 # A copy may take as long as its caller allowed, but no longer than this.
 MOST_SECONDS = 60.0
@@ -168,9 +169,12 @@ class Mirror:
         def answered(outcome: Outcome) -> None:
             done(outcome)
             if isinstance(outcome, Reply):
-                header = RequestHeader(format=payload_format, json_length=json_length, model_name=name)
                 for shadow in chosen:
-                    self._send(shadow, header, payload, min(seconds, MOST_SECONDS), outcome)
+                    self._send(
+                        *(shadow, name, payload, payload_format, json_length),
+                        min(seconds, MOST_SECONDS),
+                        outcome,
+                    )
 
         return answered
 
@@ -179,27 +183,38 @@ class Mirror:
         self._comparer.stop()
 
     def _send(
-        self, shadow: Shadow, header: RequestHeader, payload: bytes, seconds: float, answer: Reply
+        self,
+        shadow: Shadow,
+        name: str,
+        payload: bytes,
+        payload_format: PayloadFormat.ValueType,
+        json_length: int,
+        seconds: float,
+        answer: Reply,
     ) -> None:
         """Queue a copy, if there is room for it."""
         size = len(payload) + len(answer.payload)
         if not shadow.target.ready:
             shadow.drop(NOT_READY)
             return
-        if not _comparable(header.format, answer):
+        if not _comparable(payload_format, answer):
             shadow.drop(LARGE)
             return
-        if len(shadow.in_flight) >= shadow.room or self.held + size > MOST_BYTES:
+        if len(shadow.in_flight) >= shadow.room or self._comparer.full or self.held + size > MOST_BYTES:
             shadow.drop(BUSY)
             return
-        own = RequestHeader(deadline_unix_micros=int((time.time() + seconds) * 1e6))
-        own.MergeFrom(header)
+        own = RequestHeader(
+            deadline_unix_micros=int((time.time() + seconds) * 1e6),
+            format=payload_format,
+            json_length=json_length,
+            model_name=name,
+        )
         began = time.monotonic()
 
         def ended(outcome: Outcome) -> None:
             shadow.in_flight.discard(own.id)
             self._held -= size
-            self._judge(shadow, header.format, answer, outcome, began, seconds)
+            self._judge(shadow, payload_format, answer, outcome, began, seconds)
 
         try:
             self._sender.submit_call(shadow.target.queue, own, payload, PRIORITY_LOW, ended)
@@ -260,14 +275,18 @@ class Comparer:
         self.held = 0
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._verdicts: deque[tuple[Shadow, int, bool | None]] = deque()
-        self._telling = False  # whether the loop is going to look at the verdicts
         self._thread: threading.Thread | None = None
         self._ending = False
+
+    @property
+    def full(self) -> bool:
+        """Whether as many answers wait as may."""
+        return self._jobs.qsize() >= MOST_COMPARING
 
     def put(self, shadow: Shadow, payload_format: int, first: Reply, second: Reply) -> bool:
         """Have two answers compared and the result counted; False if too much waits already."""
         size = len(first.payload) + len(second.payload)
-        if self.held + size > MOST_BYTES or self._jobs.qsize() >= MOST_COMPARING:
+        if self.full or self.held + size > MOST_BYTES:
             return False
         if self._thread is None:
             sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
@@ -292,29 +311,32 @@ class Comparer:
         # Not before it is needed: a gateway without shadows has no numpy in it.
         from penstock_gateway.hotpath.answers import agree
 
-        while (job := self._jobs.get()) is not None and not self._ending:
-            shadow, payload_format, first, second, size = job
+        while (job := self._jobs.get()) is not None:
+            # Others join: each time that this thread wakes, the event loop has to share Python's lock.
+            time.sleep(GATHER_SECONDS)
             began = time.perf_counter()
-            try:
-                verdict = agree(
-                    payload_format,
-                    (first.payload, first.header.json_length),
-                    (second.payload, second.header.json_length),
-                    shadow.target.mirror_tolerance,
-                )
-            except Exception:
-                log.exception("two answers of %s cannot be compared", shadow.tally.deployment)
-                verdict = None
-            if self._ending:
+            while job is not None and not self._ending:
+                shadow, payload_format, first, second, size = job
+                try:
+                    verdict = agree(
+                        payload_format,
+                        (first.payload, first.header.json_length),
+                        (second.payload, second.header.json_length),
+                        shadow.target.mirror_tolerance,
+                    )
+                except Exception:
+                    log.exception("two answers of %s cannot be compared", shadow.tally.deployment)
+                    verdict = None
+                self._verdicts.append((shadow, size, verdict))
+                if time.perf_counter() - began > WORK_SECONDS or self._jobs.empty():
+                    break
+                job = self._jobs.get()
+            if job is None or self._ending:
                 return
-            self._verdicts.append((shadow, size, verdict))
-            if not self._telling:  # waking the loop for each would cost more than comparing
-                self._telling = True
-                loop.call_soon_threadsafe(self._count)
+            loop.call_soon_threadsafe(self._count)
             time.sleep(min((time.perf_counter() - began) * REST_FACTOR, MOST_REST_SECONDS))
 
     def _count(self) -> None:
-        self._telling = False  # before looking: what comes from now on is told anew
         while self._verdicts:
             shadow, size, verdict = self._verdicts.popleft()
             self.held -= size
