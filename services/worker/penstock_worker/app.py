@@ -219,7 +219,6 @@ def _policy(settings: WorkerSettings) -> ReplicaPolicy:
         redis_url=settings.redis_url,
         start_seconds=settings.worker_start_seconds,
         drain_seconds=settings.worker_drain_seconds,
-        given_up_drain_seconds=settings.worker_orphan_drain_seconds,
         allow_python_runtime=settings.allow_python_runtime,
         log_level=settings.log_level.lower(),
         otlp_endpoint=settings.otlp_endpoint,

@@ -61,7 +61,7 @@ class WorkerSettings(ServiceSettings):
         30.0, ge=0, description="How long a replica may take to finish what it has begun"
     )
     worker_orphan_drain_seconds: float = Field(
-        5.0, ge=0, description="The same when the agent has died, or the replica was placed elsewhere"
+        5.0, ge=0, description="The same when the agent itself has died"
     )
     worker_log_bytes: int = Field(
         8 * MIB, ge=4096, description="Size of a replica's log before it is rotated; one old one is kept"

@@ -56,7 +56,6 @@ class ReplicaPolicy:
     redis_url: str
     start_seconds: float
     drain_seconds: float
-    given_up_drain_seconds: float
     allow_python_runtime: bool = False
     log_level: str = "info"
     otlp_endpoint: str = ""
@@ -106,7 +105,6 @@ class ReplicaKeeper:
         self._around = around
         self._backoff = Backoff()
         self._ending = asyncio.Event()
-        self._given_up = False
         self._wake = asyncio.Event()
 
     @property
@@ -130,14 +128,8 @@ class ReplicaKeeper:
             memory_bytes=self.memory_bytes if self.pid else 0,
         )
 
-    def end(self, *, given_up: bool = False) -> None:
-        """Make `run` drain the process and return.
-
-        Args:
-            given_up: The scheduler has placed it elsewhere, as this node was away: it runs twice, and is not
-                given the whole time.
-        """
-        self._given_up |= given_up
+    def end(self) -> None:
+        """Make `run` drain the process and return."""
         if not self._ending.is_set():
             self._ending.set()
             self._wake.set()
@@ -271,10 +263,7 @@ class ReplicaKeeper:
         """Let the process finish what it has begun; end it when that takes too long."""
         self._advance(ReplicaState.DRAINING, "Finishing what it has begun.")
         await process.signal(signal.SIGTERM)
-        seconds = self._policy.drain_seconds + DRAIN_MARGIN_SECONDS
-        if self._given_up:
-            seconds = min(seconds, self._policy.given_up_drain_seconds)
-        if not await self._ended_within(process, seconds):
+        if not await self._ended_within(process, self._policy.drain_seconds + DRAIN_MARGIN_SECONDS):
             log.warning(
                 "replica did not drain in time and is killed",
                 extra={"replica": self.desired.replica, "pid": process.pid},

@@ -60,7 +60,7 @@ class Reconciler:
         now = time.monotonic()
         for name, keeper in list(self._keepers.items()):
             if name not in self._wanted:
-                keeper.end(given_up=True)
+                keeper.end()
                 if self._has_ended(keeper) and now - keeper.stopped_at > FORGET_SECONDS:
                     del self._keepers[name]
 
