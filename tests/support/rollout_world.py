@@ -34,12 +34,15 @@ def policy(strategy: Strategy = Strategy.CANARY, **fields: Any) -> RolloutPolicy
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How a version answers: part of errors, median latency, spread of its logarithm, part that disagrees."""
+    """How a version answers: part of errors, median latency, spread of its logarithm, part that disagrees,
+    and how many times its own median all the traffic adds by waiting.
+    """
 
     errors: float = 0.0
     median_seconds: float = 0.004
     spread: float = 0.4
     disagrees: float = 0.0
+    queues: float = 0.0
 
 
 class World:
@@ -140,19 +143,26 @@ class World:
     def _traffic(self, seconds: float) -> Tally:
         shares = self.shares()
         total = round(self.rate * seconds)
-        counts = {number: self._answers(number, total * share // 100) for number, share in shares.items()}
+        counts = {
+            number: self._answers(number, total * share // 100, share / 100)
+            for number, share in shares.items()
+        }
         for key, percent in mirrored(self.deployment).items():
             agreed = total * percent // 100
             wrong = sum(self.random.random() < self._behaviour(key.number).disagrees for _ in range(agreed))
             counts[key.number] = Counts(agreed=agreed - wrong, disagreed=wrong)
         return Tally(counts.get(1, NO_COUNTS), counts.get(2, NO_COUNTS))
 
-    def _answers(self, number: int, total: int) -> Counts:
+    def _answers(self, number: int, total: int, load: float) -> Counts:
         behaviour = self._behaviour(number)
         failed = sum(self.random.random() < behaviour.errors for _ in range(total))
         latencies = [0] * LATENCY_BUCKETS
         for _ in range(total):
-            took = behaviour.median_seconds * math.exp(self.random.gauss(0, behaviour.spread))
+            took = (
+                behaviour.median_seconds
+                * (1 + behaviour.queues * load)
+                * math.exp(self.random.gauss(0, behaviour.spread))
+            )
             latencies[min(LATENCY_BUCKETS - 1, max(0, int(4 * math.log2(took / 100e-6))))] += 1
         self.failed += failed
         self.answered += total

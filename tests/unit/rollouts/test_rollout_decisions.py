@@ -36,7 +36,7 @@ def test_a_good_version_gets_more_traffic_step_by_step_and_then_all() -> None:
         world.tick()
         if world.shares() not in seen[-1:]:
             seen.append(world.shares())
-    assert seen == [{1: 95, 2: 5}, {1: 75, 2: 25}, {2: 100}]
+    assert seen == [{1: 100}, {1: 95, 2: 5}, {1: 75, 2: 25}, {2: 100}]
     assert world.stands(RolloutState.SUCCEEDED)
     assert world.deployment.serving == world.deployment.asked
     assert world.causes == []
@@ -175,8 +175,8 @@ def test_a_version_that_crashes_under_traffic_is_taken_back() -> None:
 
 def test_without_a_ready_replica_the_new_version_gets_nothing_until_it_is_back() -> None:
     world = World(policy(step_seconds=600))
-    world.tick()
-    world.tick()
+    for _ in range(4):
+        world.tick()
     assert world.shares() == {1: 99, 2: 1}
     world.states[2] = ReplicaState.STARTING
     world.tick()
@@ -327,3 +327,19 @@ def test_of_a_hundred_canaries_of_an_equal_version_at_most_five_are_taken_back()
     ends = [world.rollout.state for world in worlds]
     assert ends.count(RolloutState.ROLLED_BACK) <= 5
     assert ends.count(RolloutState.SUCCEEDED) >= 95
+
+
+@pytest.mark.parametrize("steps", [(20, 50, 100), (25, 75, 100), (100,)])
+def test_the_load_that_a_version_takes_over_is_not_held_against_it(steps: tuple[int, ...]) -> None:
+    same = Behaviour(queues=8.0)
+    for seed in range(5):
+        world = World(policy(steps=steps, step_seconds=3), seed=seed, behaviours={1: same, 2: same})
+        world.run()
+        assert world.stands(RolloutState.SUCCEEDED), world.rollout.message
+
+
+def test_a_slow_version_under_load_is_still_taken_back() -> None:
+    slow = Behaviour(queues=8.0, median_seconds=0.012)
+    world = World(policy(steps=(50, 100)), behaviours={1: Behaviour(queues=8.0), 2: slow})
+    assert world.run() < 30
+    assert breach(world) is GuardKind.LATENCY

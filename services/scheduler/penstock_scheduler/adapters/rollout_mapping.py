@@ -69,6 +69,8 @@ def rollout_to_json(rollout: Rollout) -> Values:
         "step": rollout.step,
         "absent": rollout.absent,
         "tally": {"old": _counts_to_json(tally.old), "new": _counts_to_json(tally.new)},
+        "full": None if rollout.ended else _counts_to_json(rollout.full),
+        "full_bucket": rollout.full_bucket,
         "bucket": rollout.bucket,
         "evidence": [
             {**asdict(each), "kind": each.kind.name, "time": each.time.isoformat()}
@@ -90,6 +92,7 @@ def rollout_from_json(value: Values) -> Rollout:
             "create_time": datetime.fromisoformat(value["create_time"]),
             "step_time": datetime.fromisoformat(value["step_time"]),
             "state": RolloutState[value["state"]],
+            "full": _counts_from_json(value["full"]),
             "tally": Tally(*(_counts_from_json(value["tally"][side]) for side in ("old", "new"))),
             "evidence": tuple(
                 Evidence(

@@ -9,10 +9,10 @@ from datetime import datetime
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
 from penstock_scheduler.domain.replica import Replica, ReplicaState
 from penstock_scheduler.domain.rollout.guards import bucket_of_95th, judge_metric, judge_traffic
-from penstock_scheduler.domain.rollout.policy import ALL, Strategy
+from penstock_scheduler.domain.rollout.policy import Strategy
 from penstock_scheduler.domain.rollout.state import Evidence, Rollout, RolloutState, Tally
 from penstock_scheduler.domain.rollout.targets import new_versions, old_versions, way_back
-from penstock_scheduler.domain.traffic import LATENCY_BUCKETS
+from penstock_scheduler.domain.traffic import NO_COUNTS
 from penstock_scheduler.domain.version import VersionKey
 
 ACTOR = "penstock"
@@ -23,6 +23,8 @@ CRASHES = 3
 """A new version whose processes ended so often while it had traffic is crashing."""
 BACKOFF_SECONDS = 10.0
 """For so long a replica may fail for reasons outside its process, such as a registry that is away."""
+BEFORE_SECONDS = 10.0
+"""For so long at most a rollout waits to see how the earlier targets answer under all the traffic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,31 +218,32 @@ def _start(rollout: Rollout, facts: Facts) -> Rollout:
             why = f"{replica.version} does not start: {replica.message or 'its process ended.'}"
             return _go_back(rollout, why, facts.now)
     answers = all(facts.ready(key) and ReplicaState.STARTING not in facts.states(key) for key in news)
-    # All at once there will be nothing to compare with, unless it is counted before.
-    waited = (facts.now - rollout.step_time).total_seconds() >= rollout.policy.step_seconds
+    # How the earlier targets answer under all the traffic can be seen now only.
+    patience = min(rollout.policy.step_seconds, BEFORE_SECONDS)
+    waited = (facts.now - rollout.step_time).total_seconds() >= patience
     compares = rollout.policy.strategy in (Strategy.CANARY, Strategy.BLUE_GREEN)
-    blind = compares and rollout.policy.steps[0] == ALL and rollout.bucket < 0 and not waited
-    if not answers or blind:
+    seen = rollout.bucket >= 0 and sum(rollout.tally.old.latencies) >= rollout.policy.min_answers
+    if not answers or (compares and not seen and not waited):
         return rollout
-    running = replace(
-        rollout.advance(RolloutState.RUNNING, facts.now, ""),
-        step_time=facts.now,
-        tally=Tally(old=rollout.tally.old) if rollout.policy.steps[0] == ALL else Tally(),
-    )
-    return replace(running, message=_at(running))
+    known = replace(rollout, full=rollout.tally.old, full_bucket=rollout.bucket)
+    return known.advance(RolloutState.RUNNING, facts.now, "").enter(facts.now)
 
 
 def _count(rollout: Rollout, facts: Facts) -> Rollout:
     """Adds what was counted, and finds where the running version's 95th percentile lies."""
     if not _news(facts):
         return rollout
-    tally = rollout.tally.add(facts.counted.old, facts.counted.new)
+    old = facts.counted.old
+    fixed = rollout.moving and rollout.heavy
+    if fixed:
+        old = replace(old, latencies=NO_COUNTS.latencies)
+    tally = rollout.tally.add(old, facts.counted.new)
     bucket = rollout.bucket
-    if bucket < 0:
+    if bucket < 0 and not fixed:
         bucket = bucket_of_95th(tally.old)
         if bucket >= 0:
             # Those that chose the bucket would flatter the running version.
-            none = (0,) * LATENCY_BUCKETS
+            none = NO_COUNTS.latencies
             tally = Tally(replace(tally.old, latencies=none), replace(tally.new, latencies=none))
     return replace(rollout, tally=tally, bucket=bucket)
 

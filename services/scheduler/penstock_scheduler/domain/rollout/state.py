@@ -106,7 +106,9 @@ class Rollout:
         step: position of the present step in the policy's steps.
         absent: a new version has no replica that would answer, so that nothing is sent there for now.
         tally: what was counted since the step began.
-        bucket: the bucket of latencies of the running version's 95th percentile; -1 before that is known.
+        full: what the earlier targets did while they had all traffic, before the first step.
+        full_bucket: the bucket of latencies of their 95th percentile then; -1 before that is known.
+        bucket: the bucket of the running version's 95th percentile in this step; -1 before that is known.
         evidence: what the guards saw, the latest of each.
         end_time: when it ended.
         hands: counts what people did to it; the loop writes nothing over what it has not seen.
@@ -124,6 +126,8 @@ class Rollout:
     step: int = 0
     absent: bool = False
     tally: Tally = field(default_factory=Tally)
+    full: Counts = NO_COUNTS
+    full_bucket: int = -1
     bucket: int = -1
     evidence: tuple[Evidence, ...] = ()
     end_time: datetime | None = None
@@ -170,13 +174,28 @@ class Rollout:
             return self.advance(RolloutState.RUNNING, now, "").next_step(now)
         if self.step + 1 >= len(steps):
             return self.advance(RolloutState.SUCCEEDED, now, "The new targets have all traffic.")
-        percent = steps[self.step + 1]
+        return replace(self, step=self.step + 1).enter(now)
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the new targets have more traffic in the present step than the earlier ones have left."""
+        return 2 * self.policy.steps[self.step] > ALL and self.policy.strategy is not Strategy.SHADOW
+
+    def enter(self, now: datetime) -> Rollout:
+        """Begins to count for the present step.
+
+        Who has more traffic answers later. Where the new targets have more than the earlier ones, latency is
+        therefore compared with what it was when the earlier ones had everything.
+        """
+        percent = self.policy.steps[self.step]
         # With all traffic gone from the earlier targets, what they did last is what there is to compare with.
         old = self.tally.old if percent == ALL else NO_COUNTS
+        latencies = self.full.latencies if self.heavy else NO_COUNTS.latencies
+        what = "a copy of " if self.policy.strategy is Strategy.SHADOW else ""
         return replace(
             self,
-            step=self.step + 1,
             step_time=now,
-            tally=Tally(old=old),
-            message=f"The new targets get {percent} % of the traffic.",
+            tally=Tally(old=replace(old, latencies=latencies)),
+            bucket=self.full_bucket if self.heavy else -1,
+            message=f"The new targets get {what}{percent} % of the traffic.",
         )
