@@ -195,6 +195,21 @@ async def test_sigterm_answers_what_is_queued_and_says_stopped(
     assert last.state.value == "STOPPED"
 
 
+async def test_a_replica_whose_queue_others_read_ends_at_once_and_leaves_them_the_rest(
+    moody: tuple[Path, Any], redis_url: str, caller: Caller
+) -> None:
+    with ReplicaProcess(redis_url, *moody).ready() as first, ReplicaProcess(redis_url, *moody).ready():
+        futures = [send(caller, row(7, 20, index)) for index in range(100)]
+        done, _ = await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+        assert done
+        first.signal(signal.SIGUSR1)
+        assert await asyncio.to_thread(first.wait) == 0
+        assert not all(future.done() for future in futures)  # it did not wait for an empty queue
+        replies = await asyncio.gather(*futures)
+    values = [outputs_of(reply.payload)["y"][0, 2] for reply in replies]
+    assert values == [2.0 * index for index in range(100)]
+
+
 async def test_a_killed_replica_loses_and_doubles_nothing(
     moody: tuple[Path, Any], redis_url: str, caller: Caller
 ) -> None:

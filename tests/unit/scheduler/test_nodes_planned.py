@@ -138,7 +138,8 @@ def test_measured_memory_changes_new_replicas_and_leaves_those_that_run() -> Non
     assert after.resources.memory_bytes == 500 * MIB
     assert after.key == before.key
     tiny = replace(version, measured_memory_bytes=MIB)
-    assert group_of(Spec(()), tiny, DEFAULTS).resources.memory_bytes == DEFAULTS.memory_base_bytes
+    least = DEFAULTS.memory_base_bytes + version.size_bytes
+    assert group_of(Spec(()), tiny, DEFAULTS).resources.memory_bytes == least
     stated = Spec((), resources=Resources(memory_bytes=MIB))
     assert group_of(stated, measured, DEFAULTS).resources.memory_bytes == MIB
 

@@ -154,6 +154,7 @@ class ReplicaSpec(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    HANDED_OVER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Required. replicas/{replica}."""
     deployment: _builtins.str
@@ -166,6 +167,8 @@ class ReplicaSpec(_message.Message):
     """Required. Name of the queue it reads."""
     draining: _builtins.bool
     """Optional. Finish what is queued, take nothing new, then end."""
+    handed_over: _builtins.bool
+    """Optional. With draining: other replicas read the same queue, so finish only what was begun."""
     @_builtins.property
     def manifest(self) -> _manifest_pb2.Manifest:
         """Required. The standard model description."""
@@ -200,10 +203,11 @@ class ReplicaSpec(_message.Message):
         devices: _abc.Iterable[_builtins.str] | None = ...,
         queue: _builtins.str = ...,
         draining: _builtins.bool = ...,
+        handed_over: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "manifest", b"manifest", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "deployment", b"deployment", "devices", b"devices", "digest", b"digest", "draining", b"draining", "files", b"files", "manifest", b"manifest", "name", b"name", "queue", b"queue", "resources", b"resources", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "deployment", b"deployment", "devices", b"devices", "digest", b"digest", "draining", b"draining", "files", b"files", "handed_over", b"handed_over", "manifest", b"manifest", "name", b"name", "queue", b"queue", "resources", b"resources", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -232,7 +236,7 @@ class ObservedReplica(_message.Message):
     restarts: _builtins.int
     """Optional. Times its process ended by itself."""
     memory_bytes: _builtins.int
-    """Optional. Bytes of memory its process uses now (PSS)."""
+    """Optional. Bytes of memory that its process has for itself now (private pages)."""
     def __init__(
         self,
         *,

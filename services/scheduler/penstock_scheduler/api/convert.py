@@ -278,6 +278,7 @@ def _replica_spec(desired: Desired) -> replica_pb2.ReplicaSpec:
         devices=replica.devices,
         queue=queue_name(replica.deployment, replica.version.number, replica.digest),
         draining=desired.draining,
+        handed_over=desired.handed_over,
     )
 
 

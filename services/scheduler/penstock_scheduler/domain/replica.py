@@ -57,7 +57,7 @@ class GroupKey(NamedTuple):
 class Observed:
     """What an agent sees of one of its replicas.
 
-    `memory_bytes` (PSS) changes all the time and is no news: reports that differ in it alone are equal.
+    `memory_bytes` changes all the time and is no news: reports that differ in it alone are equal.
     """
 
     state: ReplicaState
@@ -131,6 +131,15 @@ class Replica:
         ended = to is ReplicaState.STOPPED
         return replace(self, state=to, message=message, update_time=now, pid=0 if ended else self.pid)
 
+    def is_known_as(self, seen: Observed) -> bool:
+        """Whether what is seen is no news, as is almost always so."""
+        return (
+            seen.state is self.state
+            and seen.pid == self.pid
+            and seen.restarts == self.restarts
+            and seen.message == self.message
+        )
+
     def observe(self, seen: Observed | None, now: datetime) -> Replica:
         """Takes up what its agent reports; `None` means that the agent does not have it.
 
@@ -150,13 +159,8 @@ class Replica:
                 return lost.advance(ReplicaState.BACKOFF, now, "Its agent was restarted; it starts again.")
             return self
         to = seen.state
-        if (to, seen.pid, seen.restarts, seen.message) == (
-            self.state,
-            self.pid,
-            self.restarts,
-            self.message,
-        ):
-            return self  # as almost always
+        if self.is_known_as(seen):
+            return self
         if to in (ReplicaState.STOPPED, ReplicaState.DRAINING, ReplicaState.PENDING):
             to = ReplicaState.BACKOFF
         moved = self

@@ -93,13 +93,14 @@ class Defaults:
         memory = self.memory_base_bytes + self.memory_per_bundle_byte * size_bytes
         return Resources(cpu_millis=self.cpu_millis, memory_bytes=memory)
 
-    def corrected_memory(self, measured_bytes: int) -> int:
-        """Memory of the next replica of a version whose replicas were seen to use `measured_bytes`.
+    def corrected_memory(self, measured_bytes: int, size_bytes: int) -> int:
+        """Memory of the next replica of a version whose replicas were seen to use `measured_bytes` each.
 
-        A quarter more, for what a larger batch takes; the base at least, as a replica that was just
-        started has not met its largest request yet.
+        A quarter more, for what a larger batch takes; the base and the bundle's size at least, as
+        neighbours may have shared the pages of its weights, and one that was just started has not met its
+        largest request yet.
         """
-        return max(self.memory_base_bytes, measured_bytes + measured_bytes // 4)
+        return max(self.memory_base_bytes + size_bytes, measured_bytes + measured_bytes // 4)
 
 
 DEFAULTS = Defaults()

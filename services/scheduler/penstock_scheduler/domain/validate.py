@@ -194,7 +194,7 @@ def check_resources(resources: Resources) -> Resources:
     _between("resources.disk_bytes", resources.disk_bytes, 0, LARGEST_AMOUNT)
     if resources.gpu_memory_bytes and resources.gpu_memory_millis:
         raise InvalidArgument(
-            "resources.gpu_memory_bytes and resources.gpu_memory_millis both say how much memory of each GPU; "
+            "resources.gpu_memory_bytes and gpu_memory_millis both say how much memory of each GPU; "
             "give one of them.",
             metadata={"field": "resources.gpu_memory_millis"},
         )

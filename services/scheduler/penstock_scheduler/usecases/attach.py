@@ -25,6 +25,8 @@ class Desired:
 
     replica: Replica
     version: Version
+    handed_over: bool = False
+    """Others read the same queue, so that it finishes only what it has begun."""
 
     @property
     def draining(self) -> bool:
@@ -209,9 +211,17 @@ class AttachHub:
         }
         self._informed.set()
         per_node: dict[str, list[Desired]] = {name: [] for name in snapshot.nodes}
+        answering = {
+            (replica.deployment, replica.version)
+            for replica in snapshot.replicas.values()
+            if replica.state is ReplicaState.READY
+        }
         for replica in snapshot.replicas.values():
             if replica.placed:
-                per_node[replica.node].append(Desired(replica, snapshot.versions[replica.version]))
+                ending = replica.state is ReplicaState.DRAINING
+                handed_over = ending and (replica.deployment, replica.version) in answering
+                ordered = Desired(replica, snapshot.versions[replica.version], handed_over)
+                per_node[replica.node].append(ordered)
         for name, desired in per_node.items():
             replicas = tuple(sorted(desired, key=lambda d: d.replica.id))
             known = self._wanted.get(name)

@@ -240,8 +240,13 @@ def _processor_name(root: Path) -> str:
 
 
 def memory_of(pid: int) -> int:
-    """Return the bytes of memory a process uses: its own and its share of what it shares (PSS); 0 if gone."""
+    """Return the bytes of memory that a process has for itself alone; 0 if it is gone.
+
+    What it shares with the fork server is in the node's reserve. A share of that (PSS) would charge a
+    replica that is alone with half of all libraries.
+    """
+    own = 0
     for line in _read(Path(f"/proc/{pid}/smaps_rollup")).splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+        if line.startswith(("Private_Clean:", "Private_Dirty:", "Private_Hugetlb:")):
+            own += int(line.split()[1]) * 1024
+    return own

@@ -161,4 +161,5 @@ def _desired(spec: replica_pb2.ReplicaSpec) -> DesiredReplica:
         devices=tuple(spec.devices),
         queue=spec.queue,
         draining=spec.draining,
+        handed_over=spec.handed_over,
     )

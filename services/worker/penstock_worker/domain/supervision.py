@@ -81,10 +81,14 @@ class DesiredReplica:
     queue: str
     draining: bool = False
     """Finish what is queued, take nothing new, then end."""
+    handed_over: bool = False
+    """With `draining`: others read the same queue, so finish only what was begun."""
 
     def same_process(self, other: DesiredReplica) -> bool:
-        """Tell whether a process started for the one serves the other: only `draining` may differ."""
-        return dataclasses.replace(self, draining=False) == dataclasses.replace(other, draining=False)
+        """Tell whether a process started for the one serves the other: only how it ends may differ."""
+        return dataclasses.replace(self, draining=False, handed_over=False) == dataclasses.replace(
+            other, draining=False, handed_over=False
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ class ObservedReplica:
     restarts: int
     """Times its process ended by itself."""
     memory_bytes: int
-    """PSS of its process; 0 until measured."""
+    """Bytes that its process has for itself; 0 until measured."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

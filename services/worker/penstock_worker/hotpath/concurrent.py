@@ -83,6 +83,7 @@ class ConcurrentServing:
         self._answering = answering
         self._priorities = {stream(queue_name, priority): priority for priority in PRIORITIES}
         self._drain_seconds = drain_seconds
+        self._handed_over = False
         self._stopped_at = float("inf")
         self._last_request = 0.0
         self._failure: BaseException | None = None
@@ -92,8 +93,13 @@ class ConcurrentServing:
         self._in_flight: dict[int, _Begun] = {}
         self._finished = threading.Event()
 
-    def stop(self) -> None:
-        """End after what is queued is answered. May be called from a signal handler."""
+    def stop(self, *, handed_over: bool = False) -> None:
+        """End after what is queued is answered. May be called from a signal handler.
+
+        Args:
+            handed_over: Others answer what is queued: end after what was begun.
+        """
+        self._handed_over = self._handed_over or handed_over
         self._stopped_at = min(self._stopped_at, time.monotonic())
 
     def run(self) -> None:
@@ -215,7 +221,7 @@ class ConcurrentServing:
             return True
         if now < self._stopped_at:
             return False
-        if now >= self._stopped_at + self._drain_seconds:
+        if self._handed_over or now >= self._stopped_at + self._drain_seconds:
             return True
         return now - max(self._last_request, self._stopped_at) >= _IDLE_SECONDS
 

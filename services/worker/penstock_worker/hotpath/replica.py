@@ -3,6 +3,7 @@
     LOADING ──▶ READY ──SIGTERM──▶ answers what is queued ──▶ STOPPED
        └── cannot load ──▶ FAILED
 
+SIGUSR1 in place of SIGTERM leaves the queue to others at once: it answers what it has begun, and ends.
 SIGKILL at any moment loses nothing: what was read and not answered goes to another replica.
 """
 
@@ -60,6 +61,7 @@ def run_replica(config: ReplicaConfig) -> int:
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGUSR1, _terminate)
         status.tell(ProcessState.LOADING)
         loaded = load(config)
         if isinstance(loaded, LoadedConcurrent):
@@ -91,8 +93,8 @@ def _serve(config: ReplicaConfig, loaded: Loaded | LoadedConcurrent, reader: Rea
     if isinstance(serving, Serving):
         counters.policy = serving.policy
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        serving.stop()
+    def stop(number: int, _frame: FrameType | None) -> None:
+        serving.stop(handed_over=number == signal.SIGUSR1)
 
     sys.setswitchinterval(_SWITCH_SECONDS)
     # What is loaded stays: the collector need not look at it again, nor copy pages that processes share.
@@ -103,6 +105,7 @@ def _serve(config: ReplicaConfig, loaded: Loaded | LoadedConcurrent, reader: Rea
     heart.start()
     try:
         signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGUSR1, stop)
         status.tell(ProcessState.READY)
         log.info("replica ready", extra=_facts(loaded))
         serving.run()

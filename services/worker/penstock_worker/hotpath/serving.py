@@ -84,6 +84,7 @@ class Serving:
         self._max_delay = max_delay_seconds
         self._seconds_of_max = seconds_of_max
         self._drain_seconds = drain_seconds
+        self._handed_over = False
         self._waiting: BatchQueue[Work] = BatchQueue(executor.max_rows, max_delay_seconds)
         fast = max(seconds_of_one, 20e-6)
         self._read_limit = max(executor.max_rows, min(_READ_LIMIT, int(_READ_AHEAD_SECONDS / fast)))
@@ -97,8 +98,13 @@ class Serving:
         # The least time from a gateway's clock to ours that was seen: what clocks differ, and the way.
         self._least_age = math.inf
 
-    def stop(self) -> None:
-        """End after what is queued is answered. May be called from a signal handler."""
+    def stop(self, *, handed_over: bool = False) -> None:
+        """End after what is queued is answered. May be called from a signal handler.
+
+        Args:
+            handed_over: Others answer what is queued: end after what was begun.
+        """
+        self._handed_over = self._handed_over or handed_over
         self._stopped_at = min(self._stopped_at, time.monotonic())
 
     def run(self) -> None:
@@ -341,6 +347,6 @@ class Serving:
             return True
         if now < self._stopped_at:
             return False
-        if now >= self._stopped_at + self._drain_seconds:
+        if self._handed_over or now >= self._stopped_at + self._drain_seconds:
             return True
         return now - max(self._last_request, self._stopped_at) >= _IDLE_SECONDS

@@ -97,6 +97,7 @@ class ReplicaKeeper:
         self.desired = desired
         self.state = ReplicaState.STARTING
         self.memory_bytes = 0
+        self._handed_over = False
         self.stopped_at = math.inf
         self._message = ""
         self._restarts = 0
@@ -128,9 +129,10 @@ class ReplicaKeeper:
             memory_bytes=self.memory_bytes if self.pid else 0,
         )
 
-    def end(self) -> None:
-        """Make `run` drain the process and return."""
+    def end(self, *, handed_over: bool = False) -> None:
+        """Make `run` drain the process and return; of a queue that others read, only what it has begun."""
         if not self._ending.is_set():
+            self._handed_over = handed_over
             self._ending.set()
             self._wake.set()
 
@@ -262,7 +264,7 @@ class ReplicaKeeper:
     async def _drain(self, process: ReplicaProcess) -> None:
         """Let the process finish what it has begun; end it when that takes too long."""
         self._advance(ReplicaState.DRAINING, "Finishing what it has begun.")
-        await process.signal(signal.SIGTERM)
+        await process.signal(signal.SIGUSR1 if self._handed_over else signal.SIGTERM)
         if not await self._ended_within(process, self._policy.drain_seconds + DRAIN_MARGIN_SECONDS):
             log.warning(
                 "replica did not drain in time and is killed",

@@ -42,7 +42,7 @@ class NodeMetrics:
         )
         yield GaugeMetricFamily(
             "penstock_worker_replica_memory_bytes",
-            "Memory of all replicas (PSS).",
+            "Memory that replicas have for themselves.",
             value=sum(replica.memory_bytes for replica in replicas),
         )
         yield GaugeMetricFamily("penstock_worker_bundles", "Bundles in the cache.", value=len(bundles))

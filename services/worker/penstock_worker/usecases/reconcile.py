@@ -56,11 +56,12 @@ class Reconciler:
                     self.step()
                     return
             elif desired.draining:
-                keeper.end()
+                keeper.end(handed_over=desired.handed_over)
         now = time.monotonic()
         for name, keeper in list(self._keepers.items()):
             if name not in self._wanted:
-                keeper.end()
+                # The scheduler has given it up, as when this node was cut off: it may run elsewhere by now.
+                keeper.end(handed_over=True)
                 if self._has_ended(keeper) and now - keeper.stopped_at > FORGET_SECONDS:
                     del self._keepers[name]
 
@@ -76,7 +77,8 @@ class Reconciler:
         """Drain all replicas at once and wait, bounded, until they have ended."""
         self._stopping = True
         for keeper in self._keepers.values():
-            keeper.end()
+            # What waits is for others, or for the agent that follows: under load the queue is never empty.
+            keeper.end(handed_over=True)
         if self._running:
             await asyncio.wait(
                 self._running.values(), timeout=self._policy.drain_seconds + STOP_MARGIN_SECONDS

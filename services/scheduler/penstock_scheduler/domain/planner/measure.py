@@ -15,8 +15,8 @@ NEWS = 1.1
 def measured(snapshot: Snapshot, replicas: Iterable[Replica]) -> tuple[tuple[VersionKey, int], ...]:
     """The most memory that READY replicas use, by version, where it is news.
 
-    Only grows: the share of a replica in what processes share (PSS) falls with every replica beside it,
-    and the largest request comes rarely.
+    Only grows: what a replica has for itself falls when another one beside it shares its weights, and the
+    largest request comes rarely.
     """
     reported = {
         id_: seen

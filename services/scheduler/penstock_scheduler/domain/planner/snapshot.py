@@ -72,7 +72,7 @@ def group_of(spec: Spec, version: Version, defaults: Defaults) -> Group:
     batching = version.batching if spec.batching is None else spec.batching
     digest = spec_digest(version.digest, resources, batching, spec.constraints)
     if not stated.memory_bytes and version.measured_memory_bytes:
-        memory = defaults.corrected_memory(version.measured_memory_bytes)
+        memory = defaults.corrected_memory(version.measured_memory_bytes, version.size_bytes)
         resources = replace(resources, memory_bytes=memory)
     if not stated.disk_bytes:
         resources = replace(resources, disk_bytes=version.size_bytes)
