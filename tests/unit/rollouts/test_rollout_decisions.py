@@ -31,7 +31,7 @@ def breach(world: World) -> GuardKind | None:
 
 def test_a_good_version_gets_more_traffic_step_by_step_and_then_all() -> None:
     world = World(policy(steps=STEPS, step_seconds=5))
-    seen = []
+    seen: list[dict[int, int]] = []
     while not seen or not world.rollout.ended:
         world.tick()
         if world.shares() not in seen[-1:]:
