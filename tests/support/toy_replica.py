@@ -30,7 +30,8 @@ def run_replica(config: ReplicaConfig) -> int:
 
     draining: list[int] = []
     ignored = behaviour.get("ignore_sigterm", False)
-    signal.signal(signal.SIGTERM, lambda *_: None if ignored else draining.append(1))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None if ignored else draining.append(1))
     tell(ProcessState.LOADING)
     print(behaviour.get("print", config.consumer), flush=True)
     if behaviour.get("child"):
