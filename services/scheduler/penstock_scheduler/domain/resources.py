@@ -107,7 +107,8 @@ DEFAULTS = Defaults()
 """What is assumed unless an operator says otherwise."""
 
 
-@lru_cache(maxsize=4096)
+# Every pass asks for those of all deployments in turn: a cache that holds fewer holds none.
+@lru_cache(maxsize=65536)
 def spec_digest(
     digest: str, resources: Resources, batching: Batching, constraints: Constraints = NO_CONSTRAINTS
 ) -> str:

@@ -93,7 +93,8 @@ def _verdict(standing: Standing, now: datetime, failing_seconds: float) -> tuple
         waiting = "Replicas are starting." if trouble or not obstacle else "It waits for other deployments."
         return deployment.state, f"{waiting}{why}"
 
-    answering = sum(standing.ready(standing.serving).values()) > 0
+    same = standing.serving == standing.asked
+    answering = sum((asked_ready if same else standing.ready(standing.serving)).values()) > 0
     if deployment.serving != deployment.asked:
         rollout = deployment.rollout
         if answering and rollout is not None and not rollout.ended:

@@ -114,11 +114,9 @@ class _Draft:
         self._policy = policy
         self._now = snapshot.now
         self._nodes = dict(snapshot.nodes)
-        self._replicas = {
-            id_: r for id_, r in snapshot.replicas.items() if r.state is not ReplicaState.STOPPED
-        }
         self._deployments = dict(snapshot.deployments)
         self._removed: list[str] = []
+        self._draining = False
         self._obstacles: Obstacles = {}
         self._asked: dict[str, dict[GroupKey, Group]] = {}
         self._serving: dict[str, dict[GroupKey, Group]] = {}
@@ -129,11 +127,14 @@ class _Draft:
                 self._asked[name] = self._serving[name] = groups
                 if serving != asked:
                     self._serving[name] = groups_of(serving, snapshot.versions, policy.defaults)
+        self._replicas: dict[str, Replica] = {}
         self._of: dict[str, list[str]] = defaultdict(list)
         self._on: dict[str, list[str]] = defaultdict(list)
-        for replica in self._replicas.values():
-            self._of[replica.deployment].append(replica.id)
-            self._on[replica.node].append(replica.id)
+        for id_, replica in snapshot.replicas.items():
+            if replica.state is not ReplicaState.STOPPED:
+                self._replicas[id_] = replica
+                self._of[replica.deployment].append(id_)
+                self._on[replica.node].append(id_)
 
     # -- stages, in order -------------------------------------------------------------------------
 
@@ -163,10 +164,9 @@ class _Draft:
                 continue
             for id_ in self._on[name]:
                 replica = self._replicas[id_]
-                if replica.placed:
-                    seen = replica.observe(report.replicas.get(id_), self._now)
-                    if seen is not replica:
-                        self._replicas[id_] = seen
+                seen = report.replicas.get(id_)
+                if not (seen and replica.is_known_as(seen)) and replica.placed:
+                    self._replicas[id_] = replica.observe(seen, self._now)
 
     def survey(self) -> None:
         """Looks which ensembles would not answer, because a step of theirs would not."""
@@ -191,6 +191,7 @@ class _Draft:
 
     def scale(self) -> None:
         """Makes replicas that are missing, and drains those that are not needed any more."""
+        self._draining = any(node.draining for node in self._nodes.values())
         for name, deployment in self._deployments.items():
             if deployment.state is DeploymentState.DELETING:
                 for replica in self._replicas_of(name):
@@ -345,6 +346,8 @@ class _Draft:
 
     def _leave(self, group: Group, have: list[Replica]) -> list[Replica]:
         """Drains what is not needed any more on nodes that are being drained; returns those elsewhere."""
+        if not self._draining:
+            return have
         leaving = [r for r in have if r.node and self._nodes[r.node].draining]
         if not leaving:
             return have
