@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import penstock
@@ -11,14 +12,20 @@ from support.mesh_process import Mesh
 
 
 def deploy_echo(
-    mesh: Mesh, folder: Path, name: str = "echo", *, replicas: int = 1, versions: int = 1
+    mesh: Mesh,
+    folder: Path,
+    name: str = "echo",
+    *,
+    replicas: int = 1,
+    versions: int = 1,
+    node_selector: Mapping[str, str] | None = None,
 ) -> None:
     """Deploy the ONNX echo, in as many versions as wanted; the last one serves."""
     with penstock.Client(mesh.address) as client:
         for version in range(1, versions + 1):
             path = save_echo(folder / f"{name}.onnx", version)
             client.push(path, model=name, options=penstock.PackageOptions(max_batch_size=64))
-        client.deploy(name, replicas=replicas)
+        client.deploy(name, replicas=replicas, node_selector=node_selector)
         client.wait_ready(name)
         wait_replicas(mesh, client, name, replicas)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -86,6 +87,15 @@ class Machine:
         finally:
             process.kill()
             process.wait()
+
+    def processes(self) -> list[str]:
+        """The names of all that runs in it."""
+        found = _run("ip", "netns", "pids", self.name).stdout.split()
+        names = []
+        for pid in found:
+            with contextlib.suppress(OSError):  # it has just ended
+                names.append(Path(f"/proc/{pid}/comm").read_text().strip())
+        return names
 
     def pull_out(self) -> None:
         """From now on packets vanish, either way. Addresses stay, and so do connections."""
