@@ -16,7 +16,7 @@ from penstock.common.v1 import resources_pb2
 from penstock.registry.v1 import manifest_pb2, registry_service_pb2, registry_service_pb2_grpc, version_pb2
 from penstock.scheduler.v1 import node_service_pb2, node_service_pb2_grpc, replica_pb2
 from penstock_kit.artifacts import canonical_manifest, tree_digest
-from penstock_kit.errors import NotFound, Unavailable
+from penstock_kit.errors import Aborted, NotFound, Reason, Unavailable
 from penstock_kit.queue.keys import queue_name
 from penstock_kit.rpc import RpcServer
 
@@ -52,6 +52,7 @@ class World(node_service_pb2_grpc.NodeServiceServicer, registry_service_pb2_grpc
         self.attaches = 0
         self.metadata: dict[str, Any] = {}
         self.refusing = False
+        self.name_is_taken = False
         self.downloads: list[tuple[str, str, int]] = []
         self.broken_after: dict[str, list[int]] = {}
         self.altered: set[str] = set()
@@ -175,6 +176,8 @@ class World(node_service_pb2_grpc.NodeServiceServicer, registry_service_pb2_grpc
         self.metadata = dict(context.invocation_metadata())
         if self.refusing:
             raise Unavailable("Another scheduler leads.")
+        if self.name_is_taken:
+            raise Aborted("Another machine is nodes/test-node.", reason=Reason.CONFLICT)
         self.statuses.clear()
 
         async def listen() -> None:

@@ -41,6 +41,9 @@ async def test_the_status_tells_what_the_node_is_and_has(world: World, run_agent
         assert node.address.startswith("unix:")
         assert node.agent_version
         assert list(node.cached_digests) == [version.digest]
+        assert node.disk_bytes > 0
+        assert node.disk_bytes_free > 0
+        assert node.instance
         assert world.statuses[-1].observed_generation > 0
 
 
@@ -213,6 +216,18 @@ async def test_while_the_scheduler_is_away_everything_goes_on_and_is_told_when_i
         again = await until(lambda: (r := world.observed("r1")) and r.restarts == 1 and r.pid and r)
         assert again.pid != ready.pid
         assert world.attaches >= 2
+
+
+async def test_an_agent_whose_name_is_another_machines_by_now_ends_what_it_runs(
+    world: World, run_agent
+) -> None:
+    async with run_agent():
+        world.want("r1", world.push_toy())
+        ready = await world.state("r1", "READY")
+        await world.stop()
+        world.name_is_taken = True
+        await world.start()
+        await until(lambda: not alive(ready.pid))
 
 
 async def test_a_status_comes_each_second_also_without_changes(world: World, run_agent) -> None:
