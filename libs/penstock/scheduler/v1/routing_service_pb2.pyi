@@ -97,7 +97,7 @@ class TargetTraffic(_message.Message):
     version: _builtins.int
     """Required. Number of the version."""
     arrived: _builtins.int
-    """Requests that came for it, refused ones included; mirrored ones not."""
+    """Requests that came for it, refused ones included; mirrored ones, and those answered without computing, not."""
     succeeded: _builtins.int
     """Requests answered with a result."""
     failed: _builtins.int
