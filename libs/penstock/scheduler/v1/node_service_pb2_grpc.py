@@ -50,6 +50,8 @@ class NodeServiceServicer:
 
     def Attach(self, request_iterator, context):
         """One stream per node for as long as its agent lives. A second stream of the same node ends the first.
+        The metadata x-penstock-join-token has the join token, where the scheduler has any; without any, it takes agents of
+        its own machine only. Only the scheduler that leads takes agents; others refuse with UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

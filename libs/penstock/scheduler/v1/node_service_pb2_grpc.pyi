@@ -36,7 +36,10 @@ class NodeServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> NodeServiceAsyncStub: ...
     Attach: _grpc.StreamStreamMultiCallable[_node_service_pb2.AttachRequest, _node_service_pb2.AttachResponse]
-    """One stream per node for as long as its agent lives. A second stream of the same node ends the first."""
+    """One stream per node for as long as its agent lives. A second stream of the same node ends the first.
+    The metadata x-penstock-join-token has the join token, where the scheduler has any; without any, it takes agents of
+    its own machine only. Only the scheduler that leads takes agents; others refuse with UNAVAILABLE.
+    """
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -46,7 +49,10 @@ class NodeServiceAsyncStub(NodeServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Attach: _aio.StreamStreamMultiCallable[_node_service_pb2.AttachRequest, _node_service_pb2.AttachResponse]  # type: ignore[assignment]
-    """One stream per node for as long as its agent lives. A second stream of the same node ends the first."""
+    """One stream per node for as long as its agent lives. A second stream of the same node ends the first.
+    The metadata x-penstock-join-token has the join token, where the scheduler has any; without any, it takes agents of
+    its own machine only. Only the scheduler that leads takes agents; others refuse with UNAVAILABLE.
+    """
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     """How worker agents and the scheduler keep in step: status up, desired state down.
@@ -59,6 +65,9 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_node_service_pb2.AttachRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_service_pb2.AttachResponse], _abc.AsyncIterator[_node_service_pb2.AttachResponse]]:
-        """One stream per node for as long as its agent lives. A second stream of the same node ends the first."""
+        """One stream per node for as long as its agent lives. A second stream of the same node ends the first.
+        The metadata x-penstock-join-token has the join token, where the scheduler has any; without any, it takes agents of
+        its own machine only. Only the scheduler that leads takes agents; others refuse with UNAVAILABLE.
+        """
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
