@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-unit test-clients test-chaos test-soak test-performance bench bench-quick bench-scheduler check format protos sync clean
+.PHONY: help demo up test test-unit test-clients test-chaos test-training test-soak test-performance bench bench-quick bench-scheduler check format protos sync clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -27,13 +27,16 @@ up: $(STAMP) ## Start the mesh on this machine and stay with it
 	@$(BIN)/penstock up
 
 test: $(STAMP) ## All tests but third-party clients, chaos and benchmarks
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m "not clients and not chaos and not performance and not gpu"
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m "not clients and not chaos and not performance and not training and not gpu"
 
 test-clients: $(STAMP) ## Unmodified third-party clients against a running mesh
 	$(BIN)/python -m pytest -m clients tests/clients
 
 test-chaos: $(STAMP) ## Kills, cuts and pauses under load
 	$(BIN)/python -m pytest -m chaos tests/chaos
+
+test-training: $(STAMP) ## Real models trained, converted and compressed to a stated quality
+	$(BIN)/python -m pytest -m training tests
 
 test-soak: $(STAMP) ## Ten minutes of mixed load, after which nothing may have grown
 	PENSTOCK_SOAK_SECONDS=$${PENSTOCK_SOAK_SECONDS:-600} $(BIN)/python -m pytest -m chaos -s tests/chaos/test_soak.py

@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from penstock.common.v1 import resources_pb2 as penstock_dot_common_dot_v1_dot_resources__pb2
 from penstock.common.v1 import tensor_pb2 as penstock_dot_common_dot_v1_dot_tensor__pb2
+from penstock.registry.v1 import gate_pb2 as penstock_dot_registry_dot_v1_dot_gate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#penstock/registry/v1/manifest.proto\x12\x14penstock.registry.v1\x1a\"penstock/common/v1/resources.proto\x1a\x1fpenstock/common/v1/tensor.proto\"\xc0\x04\n\x08Manifest\x12\x0f\n\x07runtime\x18\x01 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x12\n\nentrypoint\x18\x03 \x01(\t\x12\x30\n\tsignature\x18\x04 \x01(\x0b\x32\x1d.penstock.common.v1.Signature\x12.\n\x08\x62\x61tching\x18\x05 \x01(\x0b\x32\x1c.penstock.common.v1.Batching\x12\x30\n\tresources\x18\x06 \x01(\x0b\x32\x1d.penstock.common.v1.Resources\x12<\n\x07metrics\x18\x07 \x03(\x0b\x32+.penstock.registry.v1.Manifest.MetricsEntry\x12.\n\x07lineage\x18\x08 \x01(\x0b\x32\x1d.penstock.registry.v1.Lineage\x12\x0f\n\x07license\x18\t \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\n \x01(\t\x12\x42\n\nparameters\x18\x0b \x03(\x0b\x32..penstock.registry.v1.Manifest.ParametersEntry\x12\x30\n\x08\x65nsemble\x18\x0c \x01(\x0b\x32\x1e.penstock.registry.v1.Ensemble\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"=\n\x08\x45nsemble\x12\x31\n\x05steps\x18\x01 \x03(\x0b\x32\".penstock.registry.v1.EnsembleStep\"\x8c\x02\n\x0c\x45nsembleStep\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12>\n\x06inputs\x18\x03 \x03(\x0b\x32..penstock.registry.v1.EnsembleStep.InputsEntry\x12@\n\x07outputs\x18\x04 \x03(\x0b\x32/.penstock.registry.v1.EnsembleStep.OutputsEntry\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xcd\x01\n\x07Lineage\x12\x0f\n\x07parents\x18\x01 \x03(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12\x13\n\x0b\x63ode_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x61ta_digest\x18\x04 \x01(\t\x12\x41\n\nparameters\x18\x05 \x03(\x0b\x32-.penstock.registry.v1.Lineage.ParametersEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#penstock/registry/v1/manifest.proto\x12\x14penstock.registry.v1\x1a\"penstock/common/v1/resources.proto\x1a\x1fpenstock/common/v1/tensor.proto\x1a\x1fpenstock/registry/v1/gate.proto\"\xf1\x04\n\x08Manifest\x12\x0f\n\x07runtime\x18\x01 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x12\n\nentrypoint\x18\x03 \x01(\t\x12\x30\n\tsignature\x18\x04 \x01(\x0b\x32\x1d.penstock.common.v1.Signature\x12.\n\x08\x62\x61tching\x18\x05 \x01(\x0b\x32\x1c.penstock.common.v1.Batching\x12\x30\n\tresources\x18\x06 \x01(\x0b\x32\x1d.penstock.common.v1.Resources\x12<\n\x07metrics\x18\x07 \x03(\x0b\x32+.penstock.registry.v1.Manifest.MetricsEntry\x12.\n\x07lineage\x18\x08 \x01(\x0b\x32\x1d.penstock.registry.v1.Lineage\x12\x0f\n\x07license\x18\t \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\n \x01(\t\x12\x42\n\nparameters\x18\x0b \x03(\x0b\x32..penstock.registry.v1.Manifest.ParametersEntry\x12\x30\n\x08\x65nsemble\x18\x0c \x01(\x0b\x32\x1e.penstock.registry.v1.Ensemble\x12/\n\x04gate\x18\r \x01(\x0b\x32!.penstock.registry.v1.GateVerdict\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"=\n\x08\x45nsemble\x12\x31\n\x05steps\x18\x01 \x03(\x0b\x32\".penstock.registry.v1.EnsembleStep\"\x8c\x02\n\x0c\x45nsembleStep\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12>\n\x06inputs\x18\x03 \x03(\x0b\x32..penstock.registry.v1.EnsembleStep.InputsEntry\x12@\n\x07outputs\x18\x04 \x03(\x0b\x32/.penstock.registry.v1.EnsembleStep.OutputsEntry\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a.\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf3\x02\n\x07Lineage\x12\x0f\n\x07parents\x18\x01 \x03(\t\x12\x11\n\toperation\x18\x02 \x01(\t\x12\x13\n\x0b\x63ode_digest\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x61ta_digest\x18\x04 \x01(\t\x12\x41\n\nparameters\x18\x05 \x03(\x0b\x32-.penstock.registry.v1.Lineage.ParametersEntry\x12\x0b\n\x03job\x18\x06 \x01(\t\x12\x10\n\x08\x64\x61tasets\x18\x07 \x03(\t\x12\x0c\n\x04seed\x18\x08 \x01(\x03\x12\x43\n\x0b\x65nvironment\x18\t \x03(\x0b\x32..penstock.registry.v1.Lineage.EnvironmentEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10\x45nvironmentEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,22 +44,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENSEMBLESTEP_OUTPUTSENTRY']._serialized_options = b'8\001'
   _globals['_LINEAGE_PARAMETERSENTRY']._loaded_options = None
   _globals['_LINEAGE_PARAMETERSENTRY']._serialized_options = b'8\001'
-  _globals['_MANIFEST']._serialized_start=131
-  _globals['_MANIFEST']._serialized_end=707
-  _globals['_MANIFEST_METRICSENTRY']._serialized_start=610
-  _globals['_MANIFEST_METRICSENTRY']._serialized_end=656
-  _globals['_MANIFEST_PARAMETERSENTRY']._serialized_start=658
-  _globals['_MANIFEST_PARAMETERSENTRY']._serialized_end=707
-  _globals['_ENSEMBLE']._serialized_start=709
-  _globals['_ENSEMBLE']._serialized_end=770
-  _globals['_ENSEMBLESTEP']._serialized_start=773
-  _globals['_ENSEMBLESTEP']._serialized_end=1041
-  _globals['_ENSEMBLESTEP_INPUTSENTRY']._serialized_start=948
-  _globals['_ENSEMBLESTEP_INPUTSENTRY']._serialized_end=993
-  _globals['_ENSEMBLESTEP_OUTPUTSENTRY']._serialized_start=995
-  _globals['_ENSEMBLESTEP_OUTPUTSENTRY']._serialized_end=1041
-  _globals['_LINEAGE']._serialized_start=1044
-  _globals['_LINEAGE']._serialized_end=1249
-  _globals['_LINEAGE_PARAMETERSENTRY']._serialized_start=658
-  _globals['_LINEAGE_PARAMETERSENTRY']._serialized_end=707
+  _globals['_LINEAGE_ENVIRONMENTENTRY']._loaded_options = None
+  _globals['_LINEAGE_ENVIRONMENTENTRY']._serialized_options = b'8\001'
+  _globals['_MANIFEST']._serialized_start=164
+  _globals['_MANIFEST']._serialized_end=789
+  _globals['_MANIFEST_METRICSENTRY']._serialized_start=692
+  _globals['_MANIFEST_METRICSENTRY']._serialized_end=738
+  _globals['_MANIFEST_PARAMETERSENTRY']._serialized_start=740
+  _globals['_MANIFEST_PARAMETERSENTRY']._serialized_end=789
+  _globals['_ENSEMBLE']._serialized_start=791
+  _globals['_ENSEMBLE']._serialized_end=852
+  _globals['_ENSEMBLESTEP']._serialized_start=855
+  _globals['_ENSEMBLESTEP']._serialized_end=1123
+  _globals['_ENSEMBLESTEP_INPUTSENTRY']._serialized_start=1030
+  _globals['_ENSEMBLESTEP_INPUTSENTRY']._serialized_end=1075
+  _globals['_ENSEMBLESTEP_OUTPUTSENTRY']._serialized_start=1077
+  _globals['_ENSEMBLESTEP_OUTPUTSENTRY']._serialized_end=1123
+  _globals['_LINEAGE']._serialized_start=1126
+  _globals['_LINEAGE']._serialized_end=1497
+  _globals['_LINEAGE_PARAMETERSENTRY']._serialized_start=740
+  _globals['_LINEAGE_PARAMETERSENTRY']._serialized_end=789
+  _globals['_LINEAGE_ENVIRONMENTENTRY']._serialized_start=1447
+  _globals['_LINEAGE_ENVIRONMENTENTRY']._serialized_end=1497
 # @@protoc_insertion_point(module_scope)

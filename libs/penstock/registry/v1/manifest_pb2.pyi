@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from penstock.common.v1 import resources_pb2 as _resources_pb2
 from penstock.common.v1 import tensor_pb2 as _tensor_pb2
+from penstock.registry.v1 import gate_pb2 as _gate_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -80,6 +81,7 @@ class Manifest(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     ENSEMBLE_FIELD_NUMBER: _builtins.int
+    GATE_FIELD_NUMBER: _builtins.int
     runtime: _builtins.str
     """Required. The runtime that loads the bundle: torch, onnx, sklearn, python or ensemble."""
     format: _builtins.str
@@ -120,6 +122,10 @@ class Manifest(_message.Message):
         give to each other.
         """
 
+    @_builtins.property
+    def gate(self) -> _gate_pb2.GateVerdict:
+        """Optional. How it did at its gate, for versions that a compression or conversion made."""
+
     def __init__(
         self,
         *,
@@ -135,10 +141,11 @@ class Manifest(_message.Message):
         description: _builtins.str = ...,
         parameters: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         ensemble: Global___Ensemble | None = ...,
+        gate: _gate_pb2.GateVerdict | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "ensemble", b"ensemble", "lineage", b"lineage", "resources", b"resources", "signature", b"signature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "ensemble", b"ensemble", "gate", b"gate", "lineage", b"lineage", "resources", b"resources", "signature", b"signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "description", b"description", "ensemble", b"ensemble", "entrypoint", b"entrypoint", "format", b"format", "license", b"license", "lineage", b"lineage", "metrics", b"metrics", "parameters", b"parameters", "resources", b"resources", "runtime", b"runtime", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "description", b"description", "ensemble", b"ensemble", "entrypoint", b"entrypoint", "format", b"format", "gate", b"gate", "license", b"license", "lineage", b"lineage", "metrics", b"metrics", "parameters", b"parameters", "resources", b"resources", "runtime", b"runtime", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -277,17 +284,45 @@ class Lineage(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class EnvironmentEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PARENTS_FIELD_NUMBER: _builtins.int
     OPERATION_FIELD_NUMBER: _builtins.int
     CODE_DIGEST_FIELD_NUMBER: _builtins.int
     DATA_DIGEST_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    DATASETS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
     operation: _builtins.str
     """Optional. What made it: push, train, convert, compress."""
     code_digest: _builtins.str
     """Optional. Digest of the training code."""
     data_digest: _builtins.str
     """Optional. Digest of the training data."""
+    job: _builtins.str
+    """Optional. jobs/{job} that made it."""
+    seed: _builtins.int
+    """Optional. Seed of random numbers."""
     @_builtins.property
     def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional. Versions this one was made from, as models/{model}/versions/{version}."""
@@ -295,6 +330,14 @@ class Lineage(_message.Message):
     @_builtins.property
     def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Optional. Parameters of the operation."""
+
+    @_builtins.property
+    def datasets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. Datasets it was made with, as artifacts/{artifact}/versions/{version}."""
+
+    @_builtins.property
+    def environment(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Optional. What it was made on: releases of Python and libraries, processor."""
 
     def __init__(
         self,
@@ -304,10 +347,14 @@ class Lineage(_message.Message):
         code_digest: _builtins.str = ...,
         data_digest: _builtins.str = ...,
         parameters: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        job: _builtins.str = ...,
+        datasets: _abc.Iterable[_builtins.str] | None = ...,
+        seed: _builtins.int = ...,
+        environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code_digest", b"code_digest", "data_digest", b"data_digest", "operation", b"operation", "parameters", b"parameters", "parents", b"parents"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code_digest", b"code_digest", "data_digest", b"data_digest", "datasets", b"datasets", "environment", b"environment", "job", b"job", "operation", b"operation", "parameters", b"parameters", "parents", b"parents", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

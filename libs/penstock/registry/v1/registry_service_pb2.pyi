@@ -361,7 +361,7 @@ class UpdateVersionRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Optional. labels, manifest.metrics; empty means labels."""
+        """Optional. labels, manifest.metrics, profiles; empty means labels."""
 
     def __init__(
         self,
@@ -639,6 +639,7 @@ class SetAliasRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Required. models/{model}/aliases/{alias}."""
     version: _builtins.int
@@ -647,6 +648,8 @@ class SetAliasRequest(_message.Message):
     """Optional. The version the caller believes it points to now; 0 believes that it does not exist."""
     comment: _builtins.str
     """Optional. Why."""
+    force: _builtins.bool
+    """Optional. Also to a version that failed its gate."""
     def __init__(
         self,
         *,
@@ -654,10 +657,11 @@ class SetAliasRequest(_message.Message):
         version: _builtins.int = ...,
         expected_version: _builtins.int | None = ...,
         comment: _builtins.str = ...,
+        force: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "comment", b"comment", "expected_version", b"expected_version", "name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "comment", b"comment", "expected_version", b"expected_version", "force", b"force", "name", b"name", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_version: _TypeAlias = _typing.Literal["expected_version"]  # noqa: Y015
     _WhichOneofArgType__expected_version: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version"]  # noqa: Y015

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from penstock.registry.v1 import manifest_pb2 as penstock_dot_registry_dot_v1_dot_manifest__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"penstock/registry/v1/version.proto\x12\x14penstock.registry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#penstock/registry/v1/manifest.proto\"\xf1\x03\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x31\n\x05state\x18\x03 \x01(\x0e\x32\".penstock.registry.v1.VersionState\x12\x30\n\x08manifest\x18\x04 \x01(\x0b\x32\x1e.penstock.registry.v1.Manifest\x12/\n\x05\x66iles\x18\x05 \x03(\x0b\x32 .penstock.registry.v1.BundleFile\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x39\n\x06labels\x18\x08 \x03(\x0b\x32).penstock.registry.v1.Version.LabelsEntry\x12\x12\n\ncreated_by\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x66\x61ilure\x18\x0c \x01(\t\x12\x0f\n\x07\x61liases\x18\r \x03(\t\x12\x0c\n\x04\x65tag\x18\x0e \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"V\n\nBundleFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x03*\xb4\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERSION_STATE_UPLOADING\x10\x01\x12\x17\n\x13VERSION_STATE_READY\x10\x02\x12\x1a\n\x16VERSION_STATE_ARCHIVED\x10\x03\x12\x19\n\x15VERSION_STATE_DELETED\x10\x04\x12\x18\n\x14VERSION_STATE_FAILED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"penstock/registry/v1/version.proto\x12\x14penstock.registry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#penstock/registry/v1/manifest.proto\"\xa8\x04\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x05\x12\x31\n\x05state\x18\x03 \x01(\x0e\x32\".penstock.registry.v1.VersionState\x12\x30\n\x08manifest\x18\x04 \x01(\x0b\x32\x1e.penstock.registry.v1.Manifest\x12/\n\x05\x66iles\x18\x05 \x03(\x0b\x32 .penstock.registry.v1.BundleFile\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03\x12\x39\n\x06labels\x18\x08 \x03(\x0b\x32).penstock.registry.v1.Version.LabelsEntry\x12\x12\n\ncreated_by\x18\t \x01(\t\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x66\x61ilure\x18\x0c \x01(\t\x12\x0f\n\x07\x61liases\x18\r \x03(\t\x12\x0c\n\x04\x65tag\x18\x0e \x01(\t\x12\x35\n\x08profiles\x18\x0f \x03(\x0b\x32#.penstock.registry.v1.DeviceProfile\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd0\x01\n\rDeviceProfile\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x32\n\x06points\x18\x02 \x03(\x0b\x32\".penstock.registry.v1.ProfilePoint\x12\x14\n\x0cload_seconds\x18\x03 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\x18\n\x10gpu_memory_bytes\x18\x05 \x01(\x03\x12(\n\x04time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03job\x18\x07 \x01(\t\"e\n\x0cProfilePoint\x12\x12\n\nbatch_size\x18\x01 \x01(\x05\x12\x13\n\x0bp50_seconds\x18\x02 \x01(\x01\x12\x13\n\x0bp99_seconds\x18\x03 \x01(\x01\x12\x17\n\x0frows_per_second\x18\x04 \x01(\x01\"V\n\nBundleFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x03*\xb4\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERSION_STATE_UPLOADING\x10\x01\x12\x17\n\x13VERSION_STATE_READY\x10\x02\x12\x1a\n\x16VERSION_STATE_ARCHIVED\x10\x03\x12\x19\n\x15VERSION_STATE_DELETED\x10\x04\x12\x18\n\x14VERSION_STATE_FAILED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,12 +35,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_VERSION_LABELSENTRY']._loaded_options = None
   _globals['_VERSION_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_VERSIONSTATE']._serialized_start=719
-  _globals['_VERSIONSTATE']._serialized_end=899
+  _globals['_VERSIONSTATE']._serialized_start=1088
+  _globals['_VERSIONSTATE']._serialized_end=1268
   _globals['_VERSION']._serialized_start=131
-  _globals['_VERSION']._serialized_end=628
-  _globals['_VERSION_LABELSENTRY']._serialized_start=583
-  _globals['_VERSION_LABELSENTRY']._serialized_end=628
-  _globals['_BUNDLEFILE']._serialized_start=630
-  _globals['_BUNDLEFILE']._serialized_end=716
+  _globals['_VERSION']._serialized_end=683
+  _globals['_VERSION_LABELSENTRY']._serialized_start=638
+  _globals['_VERSION_LABELSENTRY']._serialized_end=683
+  _globals['_DEVICEPROFILE']._serialized_start=686
+  _globals['_DEVICEPROFILE']._serialized_end=894
+  _globals['_PROFILEPOINT']._serialized_start=896
+  _globals['_PROFILEPOINT']._serialized_end=997
+  _globals['_BUNDLEFILE']._serialized_start=999
+  _globals['_BUNDLEFILE']._serialized_end=1085
 # @@protoc_insertion_point(module_scope)

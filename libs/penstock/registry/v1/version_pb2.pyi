@@ -97,6 +97,7 @@ class Version(_message.Message):
     FAILURE_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    PROFILES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Required. models/{model}/versions/{version}, numbered from 1."""
     number: _builtins.int
@@ -137,6 +138,10 @@ class Version(_message.Message):
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Output only. Names of the aliases that point here."""
 
+    @_builtins.property
+    def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceProfile]:
+        """Optional. What PROFILE jobs measured, one for each kind of device; may change after READY."""
+
     def __init__(
         self,
         *,
@@ -154,14 +159,99 @@ class Version(_message.Message):
         failure: _builtins.str = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         etag: _builtins.str = ...,
+        profiles: _abc.Iterable[Global___DeviceProfile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "manifest", b"manifest", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "create_time", b"create_time", "created_by", b"created_by", "digest", b"digest", "etag", b"etag", "failure", b"failure", "files", b"files", "labels", b"labels", "manifest", b"manifest", "name", b"name", "number", b"number", "size_bytes", b"size_bytes", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "create_time", b"create_time", "created_by", b"created_by", "digest", b"digest", "etag", b"etag", "failure", b"failure", "files", b"files", "labels", b"labels", "manifest", b"manifest", "name", b"name", "number", b"number", "profiles", b"profiles", "size_bytes", b"size_bytes", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Version: _TypeAlias = Version  # noqa: Y015
+
+@_typing.final
+class DeviceProfile(_message.Message):
+    """Speed and needs of a version on one kind of device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    LOAD_SECONDS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    GPU_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """Required. Maker's name of the processor or GPU."""
+    load_seconds: _builtins.float
+    """Required. Seconds from a cached bundle to the first answer."""
+    memory_bytes: _builtins.int
+    """Required. Bytes of main memory that one replica has for itself under load."""
+    gpu_memory_bytes: _builtins.int
+    """Optional. Bytes of GPU memory likewise."""
+    job: _builtins.str
+    """Optional. jobs/{job} that measured."""
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProfilePoint]:
+        """Required. Measured, by rows in one call, rising."""
+
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """Required. When."""
+
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        points: _abc.Iterable[Global___ProfilePoint] | None = ...,
+        load_seconds: _builtins.float = ...,
+        memory_bytes: _builtins.int = ...,
+        gpu_memory_bytes: _builtins.int = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        job: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "gpu_memory_bytes", b"gpu_memory_bytes", "job", b"job", "load_seconds", b"load_seconds", "memory_bytes", b"memory_bytes", "points", b"points", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceProfile: _TypeAlias = DeviceProfile  # noqa: Y015
+
+@_typing.final
+class ProfilePoint(_message.Message):
+    """One call of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    P50_SECONDS_FIELD_NUMBER: _builtins.int
+    P99_SECONDS_FIELD_NUMBER: _builtins.int
+    ROWS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    batch_size: _builtins.int
+    """Required. Rows in it."""
+    p50_seconds: _builtins.float
+    """Required. Median seconds of a call."""
+    p99_seconds: _builtins.float
+    """Required. 99th percentile of the seconds of a call."""
+    rows_per_second: _builtins.float
+    """Required. Rows a second of one replica that does nothing else."""
+    def __init__(
+        self,
+        *,
+        batch_size: _builtins.int = ...,
+        p50_seconds: _builtins.float = ...,
+        p99_seconds: _builtins.float = ...,
+        rows_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "p50_seconds", b"p50_seconds", "p99_seconds", b"p99_seconds", "rows_per_second", b"rows_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProfilePoint: _TypeAlias = ProfilePoint  # noqa: Y015
 
 @_typing.final
 class BundleFile(_message.Message):

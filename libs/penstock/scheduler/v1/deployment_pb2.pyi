@@ -163,6 +163,7 @@ class Deployment(_message.Message):
     ROLLOUT_FIELD_NUMBER: _builtins.int
     NODE_SELECTOR_FIELD_NUMBER: _builtins.int
     TOLERATIONS_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Required. deployments/{deployment}; callers use {deployment} as the model name."""
     replicas: _builtins.int
@@ -185,6 +186,8 @@ class Deployment(_message.Message):
     """Output only. Replicas per target that the load asks for now; replicas without autoscaling."""
     rollout: _builtins.str
     """Output only. deployments/{deployment}/rollouts/{rollout} that is under way; empty if none is."""
+    project: _builtins.str
+    """Optional. projects/{project} whose quota its replicas count against; empty means projects/default."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Target]:
         """Required. Versions that answer, and which part of the traffic each gets. 1 to 16."""
@@ -259,10 +262,11 @@ class Deployment(_message.Message):
         rollout: _builtins.str = ...,
         node_selector: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         tolerations: _abc.Iterable[Global___Toleration] | None = ...,
+        project: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["autoscaling", b"autoscaling", "batching", b"batching", "cache", b"cache", "create_time", b"create_time", "resources", b"resources", "rollout_policy", b"rollout_policy", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscaling", b"autoscaling", "batching", b"batching", "cache", b"cache", "create_time", b"create_time", "desired_replicas", b"desired_replicas", "etag", b"etag", "labels", b"labels", "max_queue_depth", b"max_queue_depth", "message", b"message", "name", b"name", "node_selector", b"node_selector", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "rollout", b"rollout", "rollout_policy", b"rollout_policy", "serving", b"serving", "state", b"state", "targets", b"targets", "tolerations", b"tolerations", "update_time", b"update_time", "updated_by", b"updated_by"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscaling", b"autoscaling", "batching", b"batching", "cache", b"cache", "create_time", b"create_time", "desired_replicas", b"desired_replicas", "etag", b"etag", "labels", b"labels", "max_queue_depth", b"max_queue_depth", "message", b"message", "name", b"name", "node_selector", b"node_selector", "project", b"project", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "resources", b"resources", "revision", b"revision", "rollout", b"rollout", "rollout_policy", b"rollout_policy", "serving", b"serving", "state", b"state", "targets", b"targets", "tolerations", b"tolerations", "update_time", b"update_time", "updated_by", b"updated_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

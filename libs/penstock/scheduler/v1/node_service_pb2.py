@@ -22,21 +22,22 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from penstock.scheduler.v1 import job_pb2 as penstock_dot_scheduler_dot_v1_dot_job__pb2
 from penstock.scheduler.v1 import node_pb2 as penstock_dot_scheduler_dot_v1_dot_node__pb2
 from penstock.scheduler.v1 import replica_pb2 as penstock_dot_scheduler_dot_v1_dot_replica__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(penstock/scheduler/v1/node_service.proto\x12\x15penstock.scheduler.v1\x1a penstock/scheduler/v1/node.proto\x1a#penstock/scheduler/v1/replica.proto\"\x91\x01\n\rAttachRequest\x12)\n\x04node\x18\x01 \x01(\x0b\x32\x1b.penstock.scheduler.v1.Node\x12\x38\n\x08replicas\x18\x02 \x03(\x0b\x32&.penstock.scheduler.v1.ObservedReplica\x12\x1b\n\x13observed_generation\x18\x03 \x01(\x03\"Z\n\x0e\x41ttachResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x34\n\x08replicas\x18\x02 \x03(\x0b\x32\".penstock.scheduler.v1.ReplicaSpec2h\n\x0bNodeService\x12Y\n\x06\x41ttach\x12$.penstock.scheduler.v1.AttachRequest\x1a%.penstock.scheduler.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(penstock/scheduler/v1/node_service.proto\x12\x15penstock.scheduler.v1\x1a\x1fpenstock/scheduler/v1/job.proto\x1a penstock/scheduler/v1/node.proto\x1a#penstock/scheduler/v1/replica.proto\"\xc5\x01\n\rAttachRequest\x12)\n\x04node\x18\x01 \x01(\x0b\x32\x1b.penstock.scheduler.v1.Node\x12\x38\n\x08replicas\x18\x02 \x03(\x0b\x32&.penstock.scheduler.v1.ObservedReplica\x12\x1b\n\x13observed_generation\x18\x03 \x01(\x03\x12\x32\n\x05tasks\x18\x04 \x03(\x0b\x32#.penstock.scheduler.v1.ObservedTask\"\x8a\x01\n\x0e\x41ttachResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x34\n\x08replicas\x18\x02 \x03(\x0b\x32\".penstock.scheduler.v1.ReplicaSpec\x12.\n\x05tasks\x18\x03 \x03(\x0b\x32\x1f.penstock.scheduler.v1.TaskSpec2h\n\x0bNodeService\x12Y\n\x06\x41ttach\x12$.penstock.scheduler.v1.AttachRequest\x1a%.penstock.scheduler.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'penstock.scheduler.v1.node_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTACHREQUEST']._serialized_start=139
-  _globals['_ATTACHREQUEST']._serialized_end=284
-  _globals['_ATTACHRESPONSE']._serialized_start=286
-  _globals['_ATTACHRESPONSE']._serialized_end=376
-  _globals['_NODESERVICE']._serialized_start=378
-  _globals['_NODESERVICE']._serialized_end=482
+  _globals['_ATTACHREQUEST']._serialized_start=172
+  _globals['_ATTACHREQUEST']._serialized_end=369
+  _globals['_ATTACHRESPONSE']._serialized_start=372
+  _globals['_ATTACHRESPONSE']._serialized_end=510
+  _globals['_NODESERVICE']._serialized_start=512
+  _globals['_NODESERVICE']._serialized_end=616
 # @@protoc_insertion_point(module_scope)

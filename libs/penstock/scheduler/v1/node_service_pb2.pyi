@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from penstock.scheduler.v1 import job_pb2 as _job_pb2
 from penstock.scheduler.v1 import node_pb2 as _node_pb2
 from penstock.scheduler.v1 import replica_pb2 as _replica_pb2
 import builtins as _builtins
@@ -27,6 +28,7 @@ class AttachRequest(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     OBSERVED_GENERATION_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     observed_generation: _builtins.int
     """Required. Generation of the desired state that the agent has taken up; 0 before the first."""
     @_builtins.property
@@ -37,16 +39,21 @@ class AttachRequest(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[_replica_pb2.ObservedReplica]:
         """Required. Every replica the agent runs or has just ended."""
 
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.ObservedTask]:
+        """Required. Every task of a job that the agent runs or has just ended."""
+
     def __init__(
         self,
         *,
         node: _node_pb2.Node | None = ...,
         replicas: _abc.Iterable[_replica_pb2.ObservedReplica] | None = ...,
         observed_generation: _builtins.int = ...,
+        tasks: _abc.Iterable[_job_pb2.ObservedTask] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "observed_generation", b"observed_generation", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "observed_generation", b"observed_generation", "replicas", b"replicas", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -58,21 +65,27 @@ class AttachResponse(_message.Message):
 
     GENERATION_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """Required. Grows with every change for this node."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[_replica_pb2.ReplicaSpec]:
         """Required. Every replica that should run on the node; all others are to be ended."""
 
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[_job_pb2.TaskSpec]:
+        """Required. Every task of a job that should run on the node; all others are to be ended."""
+
     def __init__(
         self,
         *,
         generation: _builtins.int = ...,
         replicas: _abc.Iterable[_replica_pb2.ReplicaSpec] | None = ...,
+        tasks: _abc.Iterable[_job_pb2.TaskSpec] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "replicas", b"replicas", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
