@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from penstock._async.inference import AsyncInference
+from penstock._async.jobs import AsyncJobs
 
 
-class AsyncClient(AsyncInference):
+class AsyncClient(AsyncInference, AsyncJobs):
     """Everything a mesh offers, over one gRPC channel to a gateway.
 
     ::

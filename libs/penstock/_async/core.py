@@ -13,8 +13,12 @@ from google.protobuf.message import Message
 from penstock._async import io
 from penstock.errors import NotFound
 from penstock.oip.v2 import inference_pb2 as oip
-from penstock.registry.v1 import registry_service_pb2_grpc
-from penstock.scheduler.v1 import scheduler_service_pb2_grpc
+from penstock.registry.v1 import artifact_service_pb2_grpc, registry_service_pb2_grpc
+from penstock.scheduler.v1 import (
+    job_service_pb2_grpc,
+    project_service_pb2_grpc,
+    scheduler_service_pb2_grpc,
+)
 from penstock.transport import (
     DEFAULT_ENDPOINT,
     DEFAULT_TIMEOUT_SECONDS,
@@ -25,7 +29,10 @@ from penstock.transport import (
 )
 
 if TYPE_CHECKING:
+    from penstock.registry.v1.artifact_service_pb2_grpc import ArtifactServiceAsyncStub
     from penstock.registry.v1.registry_service_pb2_grpc import RegistryServiceAsyncStub
+    from penstock.scheduler.v1.job_service_pb2_grpc import JobServiceAsyncStub
+    from penstock.scheduler.v1.project_service_pb2_grpc import ProjectServiceAsyncStub
     from penstock.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceAsyncStub
 
 Request = TypeVar("Request")
@@ -98,6 +105,13 @@ class AsyncCore:
                 self._scheduler_stub: SchedulerServiceAsyncStub = (
                     scheduler_service_pb2_grpc.SchedulerServiceStub(self._channel)
                 )
+                self._artifact_stub: ArtifactServiceAsyncStub = artifact_service_pb2_grpc.ArtifactServiceStub(
+                    self._channel
+                )
+                self._job_stub: JobServiceAsyncStub = job_service_pb2_grpc.JobServiceStub(self._channel)
+                self._project_stub: ProjectServiceAsyncStub = project_service_pb2_grpc.ProjectServiceStub(
+                    self._channel
+                )
                 self._inference_stub = InferenceStub(self._channel)
             return self._channel
 
@@ -110,6 +124,21 @@ class AsyncCore:
     def _scheduler(self) -> SchedulerServiceAsyncStub:
         self._open()
         return self._scheduler_stub
+
+    @property
+    def _artifacts(self) -> ArtifactServiceAsyncStub:
+        self._open()
+        return self._artifact_stub
+
+    @property
+    def _jobs(self) -> JobServiceAsyncStub:
+        self._open()
+        return self._job_stub
+
+    @property
+    def _projects(self) -> ProjectServiceAsyncStub:
+        self._open()
+        return self._project_stub
 
     @property
     def _inference(self) -> InferenceStub:

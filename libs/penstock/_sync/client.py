@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from penstock._sync.inference import Inference
+from penstock._sync.jobs import Jobs
 
 
-class Client(Inference):
+class Client(Inference, Jobs):
     """Everything a mesh offers, over one gRPC channel to a gateway.
 
     ::

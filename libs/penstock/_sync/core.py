@@ -14,8 +14,12 @@ from google.protobuf.message import Message
 from penstock._sync import io
 from penstock.errors import NotFound
 from penstock.oip.v2 import inference_pb2 as oip
-from penstock.registry.v1 import registry_service_pb2_grpc
-from penstock.scheduler.v1 import scheduler_service_pb2_grpc
+from penstock.registry.v1 import artifact_service_pb2_grpc, registry_service_pb2_grpc
+from penstock.scheduler.v1 import (
+    job_service_pb2_grpc,
+    project_service_pb2_grpc,
+    scheduler_service_pb2_grpc,
+)
 from penstock.transport import (
     DEFAULT_ENDPOINT,
     DEFAULT_TIMEOUT_SECONDS,
@@ -26,7 +30,10 @@ from penstock.transport import (
 )
 
 if TYPE_CHECKING:
+    from penstock.registry.v1.artifact_service_pb2_grpc import ArtifactServiceStub
     from penstock.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+    from penstock.scheduler.v1.job_service_pb2_grpc import JobServiceStub
+    from penstock.scheduler.v1.project_service_pb2_grpc import ProjectServiceStub
     from penstock.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
 
 Request = TypeVar("Request")
@@ -99,6 +106,13 @@ class Core:
                 self._scheduler_stub: SchedulerServiceStub = scheduler_service_pb2_grpc.SchedulerServiceStub(
                     self._channel
                 )
+                self._artifact_stub: ArtifactServiceStub = artifact_service_pb2_grpc.ArtifactServiceStub(
+                    self._channel
+                )
+                self._job_stub: JobServiceStub = job_service_pb2_grpc.JobServiceStub(self._channel)
+                self._project_stub: ProjectServiceStub = project_service_pb2_grpc.ProjectServiceStub(
+                    self._channel
+                )
                 self._inference_stub = InferenceStub(self._channel)
             return self._channel
 
@@ -111,6 +125,21 @@ class Core:
     def _scheduler(self) -> SchedulerServiceStub:
         self._open()
         return self._scheduler_stub
+
+    @property
+    def _artifacts(self) -> ArtifactServiceStub:
+        self._open()
+        return self._artifact_stub
+
+    @property
+    def _jobs(self) -> JobServiceStub:
+        self._open()
+        return self._job_stub
+
+    @property
+    def _projects(self) -> ProjectServiceStub:
+        self._open()
+        return self._project_stub
 
     @property
     def _inference(self) -> InferenceStub:
