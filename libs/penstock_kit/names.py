@@ -97,6 +97,31 @@ def job_name(job: str) -> str:
     return f"jobs/{job}"
 
 
+def parse_job(name: str) -> str:
+    """Return {job} of jobs/{job}.
+
+    Raises:
+        InvalidArgument: The name has another form.
+    """
+    (job,) = _parts(name, "jobs/{job}")
+    return check_id(job, "job")
+
+
+def task_name(job: str, number: int) -> str:
+    """Return jobs/{job}/tasks/{task}."""
+    return f"jobs/{job}/tasks/{number}"
+
+
+def parse_task(name: str) -> tuple[str, int]:
+    """Return ({job}, {task}) of jobs/{job}/tasks/{task}; tasks are numbered from 0.
+
+    Raises:
+        InvalidArgument: The name has another form.
+    """
+    job, number = _parts(name, "jobs/{job}/tasks/{task}")
+    return check_id(job, "job"), 0 if number == "0" else parse_number(number, name)
+
+
 def parse_model(name: str, *, wildcard: bool = False) -> str:
     """Return {model} of models/{model}; with `wildcard`, "-" is allowed and means all.
 

@@ -12,6 +12,8 @@ queue, and all keys of one gateway, live in one slot of a Redis Cluster.
     pk1:{<queue>}:cache                hash: gateway → serialized CacheStatistics
     pk1:{<queue>}:dead                 stream of dead letters, capped
     pk1:{<gateway>}:replies            list of packed replies
+    pk1:{jobs}:events                  stream of what happens in jobs; each entry's field `e` is a
+                                       serialized scheduler.v1.JobEvent
 """
 
 import re
@@ -19,6 +21,10 @@ import re
 PREFIX = "pk1"
 EPOCH = b"pk1:epoch"
 GROUP = b"replicas"
+JOB_EVENTS = b"pk1:{jobs}:events"
+JOB_EVENT_FIELD = b"e"
+JOB_EVENTS_LENGTH = 20_000
+"""Entries that agents let the stream of events grow to, about; what is trimmed they send again."""
 
 PRIORITY_HIGH = 0
 PRIORITY_NORMAL = 1
