@@ -1,0 +1,75 @@
+"""Rows to train on, as tensors that are ready to be computed with."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Rows(Protocol):
+    """One part of a dataset: what a model takes and what it should give, row by row."""
+
+    def __len__(self) -> int:
+        """How many rows."""
+        ...
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return rows by their numbers.
+
+        Args:
+            indices: int64 [B], on the CPU.
+
+        Returns:
+            Inputs [B, …] and targets [B] or [B, …], on the device that computes.
+        """
+        ...
+
+
+class TensorRows:
+    """Rows that are in memory: a batch is one gathering by index, which no worker process makes faster.
+
+    Args:
+        inputs: [N, …].
+        targets: [N] or [N, …].
+        device: Where they are kept.
+    """
+
+    def __init__(self, inputs: torch.Tensor, targets: torch.Tensor, device: torch.device) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(f"{len(inputs)} rows of inputs and {len(targets)} of targets")
+        self.inputs, self.targets = inputs.to(device), targets.to(device)
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gather rows."""
+        indices = indices.to(self._device, non_blocking=True)
+        return self.inputs.index_select(0, indices), self.targets.index_select(0, indices)
+
+
+class TokenWindows:
+    """Windows of one stream of tokens, each the question for the token that comes next at every place.
+
+    Args:
+        tokens: int64 [M].
+        length: Tokens of a window (T); windows do not overlap, and what is left at the end is not used.
+        device: Where they are kept.
+    """
+
+    def __init__(self, tokens: torch.Tensor, length: int, device: torch.device) -> None:
+        self._count = max(0, (len(tokens) - 1) // length)
+        self._tokens = tokens.to(device)
+        self._offsets = torch.arange(length + 1, device=device)
+        self._length, self._device = length, device
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens [B, T] and those that follow them [B, T]."""
+        starts = indices.to(self._device, non_blocking=True) * self._length
+        windows = self._tokens[starts[:, None] + self._offsets]
+        return windows[:, :-1], windows[:, 1:]
