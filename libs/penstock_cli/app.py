@@ -7,13 +7,26 @@ from typing import Annotated
 import typer
 
 import penstock
-from penstock_cli.commands import demo, deployments, mesh, models, nodes, predict, push, rollouts, show
+from penstock_cli.commands import (
+    demo,
+    deployments,
+    jobs,
+    mesh,
+    models,
+    nodes,
+    predict,
+    push,
+    rollouts,
+    show,
+    work,
+)
 from penstock_cli.output import print_json, say
 from penstock_cli.session import Json
 
 _MESH = "The mesh on this machine"
 _MODELS = "Models"
 _SERVING = "Serving"
+_JOBS = "Jobs"
 
 app = typer.Typer(
     name="penstock",
@@ -46,6 +59,14 @@ app.add_typer(rollouts.rollouts, name="rollout", rich_help_panel=_SERVING)
 app.command(rich_help_panel=_SERVING)(predict.predict)
 app.command(rich_help_panel=_SERVING)(nodes.replicas)
 app.add_typer(nodes.nodes, name="nodes", rich_help_panel=_SERVING)
+
+app.command(rich_help_panel=_JOBS)(work.train)
+app.command(rich_help_panel=_JOBS)(work.convert)
+app.command(rich_help_panel=_JOBS)(work.compress)
+app.command(rich_help_panel=_JOBS)(work.profile)
+app.command(rich_help_panel=_JOBS)(work.evaluate)
+app.command("batch-predict", rich_help_panel=_JOBS)(work.batch_predict)
+app.add_typer(jobs.jobs, name="jobs", rich_help_panel=_JOBS)
 
 app.command()(show.show)
 app.command()(show.delete)
