@@ -69,9 +69,7 @@ def follow(client: Client, name: str, *, timeout: float = WATCH_SECONDS, quiet: 
         return _lines(client, name, timeout)
     except KeyboardInterrupt:
         brief = short(name)
-        note(
-            f"The job goes on. `penstock jobs watch {brief}` shows it, `penstock jobs cancel {brief}` ends it."
-        )
+        note(f"It goes on. `penstock jobs watch {brief}` shows it, `penstock jobs cancel {brief}` ends it.")
         raise
 
 
