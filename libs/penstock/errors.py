@@ -97,6 +97,7 @@ class Reason(IntEnum):
     LOAD_FAILED = 30
     UNKNOWN_METHOD = 31
     SHUTTING_DOWN = 32
+    QUOTA_BELOW_USE = 33
 
 
 # OIP.md: the statuses that the Open Inference Protocol's REST clients expect.

@@ -77,6 +77,11 @@ def alias_name(model: str, alias: str) -> str:
     return f"models/{model}/aliases/{alias}"
 
 
+def artifact_name(artifact: str, number: int) -> str:
+    """Return artifacts/{artifact}/versions/{version}."""
+    return f"artifacts/{artifact}/versions/{number}"
+
+
 def deployment_name(deployment: str) -> str:
     """Return deployments/{deployment}."""
     return f"deployments/{deployment}"
@@ -122,6 +127,21 @@ def parse_task(name: str) -> tuple[str, int]:
     return check_id(job, "job"), 0 if number == "0" else parse_number(number, name)
 
 
+def project_name(project: str) -> str:
+    """Return projects/{project}."""
+    return f"projects/{project}"
+
+
+def parse_project(name: str) -> str:
+    """Return {project} of projects/{project}.
+
+    Raises:
+        InvalidArgument: The name has another form.
+    """
+    (project,) = _parts(name, "projects/{project}")
+    return check_id(project, "project")
+
+
 def parse_model(name: str, *, wildcard: bool = False) -> str:
     """Return {model} of models/{model}; with `wildcard`, "-" is allowed and means all.
 
@@ -152,6 +172,28 @@ def parse_alias(name: str) -> tuple[str, str]:
     """
     model, alias = _parts(name, "models/{model}/aliases/{alias}")
     return check_id(model, "model"), check_alias(alias)
+
+
+def parse_artifact(name: str, *, wildcard: bool = False) -> str:
+    """Return {artifact} of artifacts/{artifact}; with `wildcard`, "-" is allowed and means all.
+
+    Raises:
+        InvalidArgument: The name has another form.
+    """
+    (artifact,) = _parts(name, "artifacts/{artifact}")
+    if wildcard and artifact == ANY:
+        return artifact
+    return check_id(artifact, "artifact")
+
+
+def parse_artifact_version(name: str) -> tuple[str, int]:
+    """Return ({artifact}, {version}) of artifacts/{artifact}/versions/{version}.
+
+    Raises:
+        InvalidArgument: The name has another form.
+    """
+    artifact, number = _parts(name, "artifacts/{artifact}/versions/{version}")
+    return check_id(artifact, "artifact"), parse_number(number, name)
 
 
 def parse_deployment(name: str) -> str:

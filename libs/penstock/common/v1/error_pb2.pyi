@@ -90,6 +90,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The path or method is unknown. See /openapi.json or reflection for what exists."""
     REASON_SHUTTING_DOWN: _Reason.ValueType  # 32
     """The service is shutting down. Retry: another one answers."""
+    REASON_QUOTA_BELOW_USE: _Reason.ValueType  # 33
+    """The project holds more than the quota allows, or would. The message names what is held: end some of it, ask for a
+    larger quota, or allow it (allow_below_use).
+    """
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a call failed, in a word that programs can test. It travels as google.rpc.ErrorInfo.reason
@@ -164,4 +168,8 @@ REASON_UNKNOWN_METHOD: Reason.ValueType  # 31
 """The path or method is unknown. See /openapi.json or reflection for what exists."""
 REASON_SHUTTING_DOWN: Reason.ValueType  # 32
 """The service is shutting down. Retry: another one answers."""
+REASON_QUOTA_BELOW_USE: Reason.ValueType  # 33
+"""The project holds more than the quota allows, or would. The message names what is held: end some of it, ask for a
+larger quota, or allow it (allow_below_use).
+"""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015

@@ -41,18 +41,21 @@ class Project(_message.Message):
     description: _builtins.str
     """Optional. What it is for, for people."""
     dominant_share: _builtins.float
-    """Output only. Largest part of any resource of the cluster that it holds, over its weight."""
+    """Output only. Largest part of the cluster's cores, memory or GPUs that it holds, over its weight."""
     waiting: _builtins.int
     """Output only. Replicas and tasks that wait for a place."""
     etag: _builtins.str
     """Optional. What the caller read; an update with another value is refused with CONFLICT."""
     @_builtins.property
     def quota(self) -> _resources_pb2.Resources:
-        """Optional. What its replicas and tasks may hold together; fields at 0 are unbounded."""
+        """Optional. What its replicas and tasks may hold together: cores, memory and GPUs (`gpus`, and `gpu_memory_millis`
+        thousandths of one more); what is 0 is unbounded. A GPU held in part counts with that part of its memory, a slice
+        (MIG) as one. Other fields cannot be bounded.
+        """
 
     @_builtins.property
     def used(self) -> _resources_pb2.Resources:
-        """Output only. What its replicas and tasks hold now."""
+        """Output only. What its replicas and tasks hold now, in the same fields."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
