@@ -1,7 +1,7 @@
 """What a COMPRESS job may ask for: the steps, their parameters, the gate. Pure: no torch.
 
-The scheduler refuses with this what cannot be run, before anything is placed; the job reads its steps with it,
-so both know the same names, ranges and defaults.
+The scheduler refuses with this what cannot be run, before anything is placed; the job reads its steps
+with it, so both know the same names, ranges and defaults.
 """
 
 from __future__ import annotations
@@ -95,7 +95,11 @@ _LAYERS = Parameter("names", (), "Only layers of these names (or below them); em
 STEPS: Mapping[str, Mapping[str, Parameter]] = {
     "clip": {
         "percentile": Parameter(
-            "number", 99.9, "Bound of each weight tensor: this percentile of its magnitudes.", low=50, high=100
+            "number",
+            99.9,
+            "Bound of each weight tensor: this percentile of its magnitudes.",
+            low=50,
+            high=100,
         ),
         "absolute": Parameter("number", 0.0, "The bound itself; 0 means by percentile.", low=0.0),
         "layers": _LAYERS,
@@ -111,44 +115,73 @@ STEPS: Mapping[str, Mapping[str, Parameter]] = {
     "prune_channels": {
         "amount": _share(0.5, "Part of the channels or hidden units that are taken out."),
         "scope": Parameter(
-            "choice", "layer", "Least important of all layers together, or of each.", choices=("global", "layer")
+            "choice",
+            "layer",
+            "Least important of all layers together, or of each.",
+            choices=("global", "layer"),
         ),
-        "importance": Parameter("choice", "l2", "What makes a channel important.", choices=("l1", "l2", "taylor")),
+        "importance": Parameter(
+            "choice", "l2", "What makes a channel important.", choices=("l1", "l2", "taylor")
+        ),
         "round_to": Parameter("integer", 1, "Channels are left in multiples of this.", low=1, high=256),
         "layers": _LAYERS,
         **_repair(3),
     },
     "prune_2_4": {"layers": _LAYERS, **_repair()},
     "quantize": {
-        "scheme": Parameter("choice", "dynamic_int8", "How numbers are stored and computed.", choices=SCHEMES),
-        "rows": Parameter("integer", 256, "Rows of the training part that static_int8 calibrates with.", low=1, high=65536),
+        "scheme": Parameter(
+            "choice", "dynamic_int8", "How numbers are stored and computed.", choices=SCHEMES
+        ),
+        "rows": Parameter(
+            "integer", 256, "Rows of the training part that static_int8 calibrates with.", low=1, high=65536
+        ),
         "calibration": Parameter(
             "choice", "minmax", "How static_int8 finds ranges.", choices=("minmax", "entropy", "percentile")
         ),
         "per_channel": Parameter("flag", True, "A scale for each output channel instead of each tensor."),
         "embeddings": Parameter("flag", True, "Store embedding tables in 8 bits, too."),
         "group_size": Parameter(
-            "integer", 64, "Weights that share a scale; weight_only only: 16, 32, 64 or 128.", low=16, high=256
+            "integer",
+            64,
+            "Weights that share a scale, weight_only only: 16, 32, 64, 128 or 256.",
+            low=16,
+            high=256,
         ),
     },
     "distill": {
         "teacher": Parameter("word", "", "The version that teaches; empty means the one that is compressed."),
-        "student": Parameter("word", "", "Architecture of a new student; empty means the model without some of its layers."),
+        "student": Parameter(
+            "word", "", "Architecture of a new student; empty means the model with fewer layers."
+        ),
         "student_parameters": Parameter("mapping", {}, "Sizes of the new student."),
-        "keep_layers": Parameter("integer", 0, "Layers that the student keeps; 0 means half.", low=0, high=1000),
+        "keep_layers": Parameter(
+            "integer", 0, "Layers that the student keeps; 0 means half.", low=0, high=1000
+        ),
         "epochs": Parameter("integer", 5, "Epochs of its training.", low=1, high=10000),
-        "learning_rate": Parameter("number", 0.001, "Learning rate (AdamW).", low=0.0, high=1.0, above_low=True),
+        "learning_rate": Parameter(
+            "number", 0.001, "Learning rate (AdamW).", low=0.0, high=1.0, above_low=True
+        ),
         "batch_size": Parameter("integer", 64, "Rows of a step.", low=1, high=65536),
-        "temperature": Parameter("number", 2.0, "What logits are divided by.", low=0.0, high=100.0, above_low=True),
-        "alpha": Parameter("number", 0.7, "Weight of the teacher's answers beside the labels'.", low=0.0, high=1.0),
+        "temperature": Parameter(
+            "number", 2.0, "What logits are divided by.", low=0.0, high=100.0, above_low=True
+        ),
+        "alpha": Parameter(
+            "number", 0.7, "Weight of the teacher's answers beside the labels'.", low=0.0, high=1.0
+        ),
         "hidden": Parameter(
-            "number", 0.0, "Weight of the distance between hidden states; 0 leaves them out.", low=0.0, high=1000.0
+            "number",
+            0.0,
+            "Weight of the distance between hidden states; 0 leaves them out.",
+            low=0.0,
+            high=1000.0,
         ),
     },
     "drop_layers": {
         "layers": Parameter("integer", 1, "How many go, the least important first.", low=1, high=1000),
         "importance": Parameter(
-            "choice", "loss", "What a layer is worth: the loss without it, or how much it turns its input.",
+            "choice",
+            "loss",
+            "What a layer is worth: the loss without it, or how much it turns its input.",
             choices=("loss", "similarity"),
         ),
         "rows": Parameter("integer", 256, "Rows that importance is measured on.", low=1, high=65536),
@@ -156,13 +189,18 @@ STEPS: Mapping[str, Mapping[str, Parameter]] = {
     },
     "low_rank": {
         "energy": Parameter(
-            "number", 0.9, "Part of the squared singular values that is kept.", low=0.0, high=1.0, above_low=True
+            "number",
+            0.9,
+            "Part of the squared singular values that is kept.",
+            low=0.0,
+            high=1.0,
+            above_low=True,
         ),
         "rank": Parameter("integer", 0, "The rank itself; 0 means by energy.", low=0, high=1 << 20),
         "layers": _LAYERS,
         **_repair(),
     },
-}  # fmt: skip
+}
 """Parameters of each step."""
 
 _GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -191,7 +229,7 @@ def check(work: job_work_pb2.CompressWork) -> None:
     for step in steps[:-1]:
         if step.name == "quantize":
             raise _invalid(
-                "compress.steps: quantize must be the last step, as what it makes is not trained any further.",
+                "compress.steps: quantize must be the last step: what it makes is not changed any further.",
                 "steps",
             )
     if searching:
@@ -274,11 +312,9 @@ def _check_search(search: job_work_pb2.CompressionSearch) -> None:
 def _check_gate(gate: gate_pb2.Gate) -> None:
     if len(gate.metric) > _GATE_METRIC_LENGTH:
         raise _invalid("compress.gate.metric is longer than any metric's name.", "gate")
-    bounds = (("max_metric_loss", 0.0), ("min_speed_up", 0.0), ("max_size_ratio", 0.0))
-    for name, low in bounds:
-        value = getattr(gate, name)
-        if gate.HasField(name) and not (math.isfinite(value) and value >= low):
-            raise _invalid(f"compress.gate.{name} is {value}; it must be a number from {low:g} on.", "gate")
+    for bound, value in gate.ListFields():
+        if bound.name != "metric" and not (math.isfinite(value) and value >= 0):
+            raise _invalid(f"compress.gate.{bound.name} is {value}; it must be a number from 0 on.", "gate")
 
 
 def _value(where: str, parameter: Parameter, value: Any) -> Any:
@@ -301,7 +337,8 @@ def _value(where: str, parameter: Parameter, value: Any) -> Any:
         raise _invalid(f"{where} is {value!r}; it must be a word.", "steps")
     if parameter.kind == "choice" and value not in parameter.choices:
         raise _invalid(
-            f"{where} is {value!r}{_nearest(value, parameter.choices)}; it may be {', '.join(parameter.choices)}.",
+            f"{where} is {value!r}{_nearest(value, parameter.choices)}; "
+            f"it may be {', '.join(parameter.choices)}.",
             "steps",
         )
     return value
