@@ -9,6 +9,7 @@ from enum import Enum
 from operator import attrgetter
 
 from penstock_scheduler.domain.constraints import Taint
+from penstock_scheduler.domain.job import ObservedTask
 from penstock_scheduler.domain.replica import Observed
 
 
@@ -121,9 +122,11 @@ class Report:
         replicas: what runs or has just ended there, by replica id.
         attached: whether the stream is still open.
         silent_seconds: seconds since the last message (or since the scheduler began to lead).
+        tasks: what runs or has just ended there, by task id.
     """
 
     node: Node | None
     replicas: Mapping[str, Observed] = field(default_factory=dict)
     attached: bool = True
     silent_seconds: float = 0.0
+    tasks: Mapping[str, ObservedTask] = field(default_factory=dict)

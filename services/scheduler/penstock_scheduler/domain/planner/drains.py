@@ -49,3 +49,9 @@ def waits_for(here: Sequence[Replica], heirs: Sequence[Replica]) -> str:
         first = min(stuck, key=lambda r: (r.state is not ReplicaState.PENDING, r.id))
         words += f" replicas/{first.id}: {first.message}"
     return words
+
+
+def waits_for_jobs(jobs: Iterable[str]) -> str:
+    """Says which jobs still hold a part of a node, for people; empty if none does."""
+    names = sorted(set(jobs))
+    return f"jobs/{names[0]} writes a checkpoint and ends here." if names else ""

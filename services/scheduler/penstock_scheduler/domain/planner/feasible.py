@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.node import CPU_DEVICE, Node, NodeState
-from penstock_scheduler.domain.replica import Replica
 from penstock_scheduler.domain.resources import Resources, human_bytes
 
 
@@ -81,21 +81,41 @@ class Usage:
         )
 
 
-def usage_of(node: Node, replicas: Iterable[Replica]) -> Usage:
-    """Adds up what placed replicas hold of a node."""
+class Holder(Protocol):
+    """A replica, or a task of a job."""
+
+    @property
+    def placed(self) -> bool:
+        """Whether it holds a part of a node."""
+
+    @property
+    def resources(self) -> Resources:
+        """What it holds."""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Of which devices."""
+
+    @property
+    def digest(self) -> str:
+        """Those of one digest share their disk."""
+
+
+def usage_of(node: Node, holders: Iterable[Holder]) -> Usage:
+    """Adds up what placed replicas and tasks hold of a node."""
     usage = Usage(node)
-    for replica in replicas:
-        if replica.placed:
-            usage.take(replica.resources, replica.devices, replica.digest)
+    for holder in holders:
+        if holder.placed:
+            usage.take(holder.resources, holder.devices, holder.digest)
     return usage
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """All that decides where a replica could run; replicas of one need fit the same nodes.
+    """All that decides where a replica or task could run; those of one need fit the same nodes.
 
     Attributes:
-        runtime: name of the runtime that loads it.
+        runtime: name of the runtime that loads it; empty for a task that every node can run.
         resources: what it holds.
         constraints: the nodes that it may run on.
         digest: its bundle, whose disk replicas share.
@@ -140,7 +160,7 @@ def admit(node: Node, need: Need) -> Rejection | None:
     runtime = need.runtime
     if node.state is not NodeState.READY:
         return Rejection(node.name, 0, 1.0, "its agent, which is not connected")
-    if node.runtimes and runtime not in node.runtimes:
+    if runtime and node.runtimes and runtime not in node.runtimes:
         runs = ", ".join(node.runtimes)
         return Rejection(node.name, 1, 1.0, f"the runtime {runtime} (it runs {runs}{_allow(runtime)})")
     selector, labels = need.constraints.node_selector, dict(node.labels)

@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
+from penstock_scheduler.domain.job import Job, Task, TaskState
 from penstock_scheduler.domain.node import Node, NodeState
-from penstock_scheduler.domain.planner import drains, judge, rank
+from penstock_scheduler.domain.planner import drains, gangs, judge, rank
 from penstock_scheduler.domain.planner.ensembles import Obstacles, obstacles
-from penstock_scheduler.domain.planner.feasible import Need, Rejection, usage_of
+from penstock_scheduler.domain.planner.feasible import Need, Rejection, Usage, usage_of
 from penstock_scheduler.domain.planner.fleet import Fleet
+from penstock_scheduler.domain.planner.jobs import DEFAULT_JOB_POLICY, JobDraft, JobPolicy
 from penstock_scheduler.domain.planner.measure import measured
 from penstock_scheduler.domain.planner.snapshot import Group, Snapshot, groups_of
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
@@ -32,6 +34,7 @@ class Policy:
         last_seen_seconds: how old the stored `last_seen_time` of a node may grow.
         failing_seconds: a deployment that answered before is FAILED after so long without an answer.
         defaults: needs of replicas where nobody stated them.
+        jobs: how long agents of jobs are waited for.
     """
 
     node_lease_seconds: float = 3.0
@@ -39,6 +42,7 @@ class Policy:
     last_seen_seconds: float = 60.0
     failing_seconds: float = 5.0
     defaults: Defaults = DEFAULTS
+    jobs: JobPolicy = DEFAULT_JOB_POLICY
 
 
 DEFAULT_POLICY = Policy()
@@ -54,6 +58,8 @@ class Plan:
         deployments: changed deployments.
         removed: names of deployments whose last replica is gone.
         measured: the most memory that a READY replica of a version was seen to use, where that is news.
+        jobs: changed jobs.
+        tasks: new and changed tasks; those that became STOPPED hold nothing any more.
     """
 
     nodes: tuple[Node, ...] = ()
@@ -61,9 +67,12 @@ class Plan:
     deployments: tuple[Deployment, ...] = ()
     removed: tuple[str, ...] = ()
     measured: tuple[tuple[VersionKey, int], ...] = ()
+    jobs: tuple[Job, ...] = ()
+    tasks: tuple[Task, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.nodes or self.replicas or self.deployments or self.removed or self.measured)
+        serving = self.replicas or self.deployments or self.removed or self.measured
+        return bool(self.nodes or serving or self.jobs or self.tasks)
 
     def with_deployments(self, deployments: Iterable[Deployment]) -> Plan:
         """This plan with deployments that others changed before it was made; its own word counts."""
@@ -75,6 +84,8 @@ class Plan:
         """The snapshot as it is once the plan has been carried out."""
         replicas = {**snapshot.replicas, **{r.id: r for r in self.replicas}}
         deployments = {**snapshot.deployments, **{d.name: d for d in self.deployments}}
+        jobs = {**snapshot.jobs, **{j.id: replace(j, revision=j.revision + 1) for j in self.jobs}}
+        tasks = {**snapshot.tasks, **{t.id: t for t in self.tasks}}
         return replace(
             snapshot,
             nodes={**snapshot.nodes, **{n.name: n for n in self.nodes}},
@@ -84,6 +95,8 @@ class Plan:
                 **snapshot.versions,
                 **{k: replace(snapshot.versions[k], measured_memory_bytes=m) for k, m in self.measured},
             },
+            jobs={k: j for k, j in jobs.items() if not j.ended or j.leftovers},
+            tasks={k: t for k, t in tasks.items() if t.state is not TaskState.STOPPED},
         )
 
 
@@ -96,6 +109,7 @@ def plan(snapshot: Snapshot, policy: Policy = DEFAULT_POLICY) -> Plan:
     draft = _Draft(snapshot, policy)
     draft.follow_nodes()
     draft.follow_replicas()
+    draft.follow_jobs()
     draft.survey()
     while draft.switch():
         draft.survey()
@@ -127,6 +141,7 @@ class _Draft:
                 self._asked[name] = self._serving[name] = groups
                 if serving != asked:
                     self._serving[name] = groups_of(serving, snapshot.versions, policy.defaults)
+        self._jobs = JobDraft(snapshot.jobs, snapshot.tasks, snapshot.now, policy.jobs)
         self._replicas: dict[str, Replica] = {}
         self._of: dict[str, list[str]] = defaultdict(list)
         self._on: dict[str, list[str]] = defaultdict(list)
@@ -153,8 +168,8 @@ class _Draft:
                 node = self._nodes[name] = self._refresh(known, report.node, heard_at)
                 if node is known:
                     continue  # what it holds fitted when it was placed
-                if not usage_of(node, self._replicas_on(name)).fits_in_node():
-                    self._evict(name, f"nodes/{name} has less than it had; its replicas were placed anew.")
+                if not self._usage(node).fits_in_node():
+                    self._evict(name, f"nodes/{name} has less than it had; its work was placed anew.")
 
     def follow_replicas(self) -> None:
         """Takes up what agents say of their replicas."""
@@ -167,6 +182,11 @@ class _Draft:
                 seen = report.replicas.get(id_)
                 if not (seen and replica.is_known_as(seen)) and replica.placed:
                     self._replicas[id_] = replica.observe(seen, self._now)
+
+    def follow_jobs(self) -> None:
+        """Takes up what agents say of their tasks and the registry of results; moves jobs."""
+        self._jobs.follow(self._snapshot.reports, self._nodes)
+        self._jobs.move(self._snapshot.registry, self._nodes)
 
     def survey(self) -> None:
         """Looks which ensembles would not answer, because a step of theirs would not."""
@@ -217,11 +237,21 @@ class _Draft:
                         self._drain(replica, "Its deployment asks for something else now.")
 
     def place(self) -> None:
-        """Finds a node for every replica that has none, or says why there is none."""
+        """Finds nodes for replicas that have none, then for jobs, or says why there are none."""
         waiting = [r for r in self._replicas.values() if r.state is ReplicaState.PENDING]
-        if not waiting:
+        jobs = self._jobs.waiting()
+        if not waiting and not jobs:
             return
-        fleet = Fleet(usage_of(node, self._replicas_on(name)) for name, node in self._nodes.items())
+        fleet = Fleet(self._usage(node) for node in self._nodes.values())
+        if waiting:
+            self._place_replicas(fleet, waiting)
+        if jobs:
+            seating = gangs.place(fleet, jobs)
+            for job, places in seating.places.items():
+                self._jobs.seat(job, places)
+            self._jobs.explain(seating.reasons)
+
+    def _place_replicas(self, fleet: Fleet, waiting: list[Replica]) -> None:
         fleet.cache(replica.digest for replica in waiting)
         neighbours = {
             name: Counter(r.node for r in self._replicas_of(name) if r.placed and r.wanted)
@@ -258,6 +288,7 @@ class _Draft:
                     if r.wanted and r.state is not ReplicaState.READY and (r.deployment, r.group) in groups
                 ]
                 message = drains.waits_for(here, [r for r in heirs if r.node != name])
+                message = message or drains.waits_for_jobs(t.job for t in self._jobs.holding(name))
             if message != node.message:
                 self._nodes[name] = replace(node, message=message)
 
@@ -290,6 +321,8 @@ class _Draft:
             ),
             removed=tuple(self._removed),
             measured=measured(old, self._replicas.values()),
+            jobs=self._jobs.changed_jobs(),
+            tasks=self._jobs.changed_tasks(),
         )
 
     # -- helpers ----------------------------------------------------------------------------------
@@ -307,6 +340,10 @@ class _Draft:
     def _evict(self, node: str, why: str) -> None:
         for replica in self._replicas_on(node):
             self._replicas[replica.id] = replica.advance(ReplicaState.STOPPED, self._now, why)
+        self._jobs.lose(node, why)
+
+    def _usage(self, node: Node) -> Usage:
+        return usage_of(node, [*self._replicas_on(node.name), *self._jobs.holding(node.name)])
 
     def _drain(self, replica: Replica, why: str) -> None:
         if replica.state is ReplicaState.PENDING:

@@ -8,6 +8,7 @@ from datetime import datetime
 
 from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.deployment import Deployment, Spec
+from penstock_scheduler.domain.job import Job, RegistryWord, Task
 from penstock_scheduler.domain.node import Node, Report
 from penstock_scheduler.domain.replica import GroupKey, Replica
 from penstock_scheduler.domain.resources import Batching, Defaults, Resources, spec_digest
@@ -27,6 +28,9 @@ class Snapshot:
         versions: those that deployments ask for or serve.
         reports: the last word of each node's agent, by node.
         aliases: alias → number, by model, as the registry last said.
+        jobs: by id, those that have not ended, or of which something is to be deleted.
+        tasks: by id, those of jobs; STOPPED ones may be left out.
+        registry: what the registry said about results, by job.
     """
 
     now: datetime
@@ -37,6 +41,9 @@ class Snapshot:
     versions: Mapping[VersionKey, Version] = field(default_factory=dict)
     reports: Mapping[str, Report] = field(default_factory=dict)
     aliases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    jobs: Mapping[str, Job] = field(default_factory=dict)
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    registry: Mapping[str, RegistryWord] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
