@@ -78,8 +78,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return the end of a sentence: the name that was probably meant, or all that there are."""
     names = sorted(known)
     by_lower = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.5)
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else f" (there are {', '.join(names)})"
+    close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)
+    if not close:
+        return f" (there are {', '.join(names)})"
+    # Of those that share most letters, the one of the same length: letters are swapped more often than lost.
+    best = min(close, key=lambda name: abs(len(name) - len(word)))
+    return f"; did you mean {by_lower[best]!r}?"
 
 
 def invalid(message: str, field: str) -> InvalidArgument:
