@@ -1,0 +1,406 @@
+"""What a strategy is: one way to spread the steps of a training over the ranks of a job.
+
+The training loop is the same for all of them and runs in every rank:
+
+    strategy = open_strategy(recipe.strategy, context, parts)
+    try:
+        extra = strategy.load(directory) if there is a checkpoint else None
+        for indices in the batches of an epoch, the same ones in the same order in every rank:
+            strategy.step(indices, rate)
+            decision = strategy.agree(stop=context.should_stop(), checkpoint=context.checkpoint_due())
+            ...
+        sums = strategy.evaluate(rows, batch_size, score, width)
+        weights = strategy.weights()
+    finally:
+        strategy.close()
+
+Batches are global: a strategy takes its rank's part of each, so the order of rows, and with it the result, is
+that of one process whatever the number of ranks. The loss of a batch is the sum of losses over the sum of
+weights of all its rows, however they are cut.
+
+Ranks agree rarely: a vote every fifth of a second or so carries the wish to stop, the checkpoint that is due
+and the sum of the losses in one small all_reduce, and says at which step the next vote is. Between votes
+`agree` costs one comparison.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from penstock_worker.adapters.training.chain import Chain
+from penstock_worker.adapters.training.objective import Objective
+from penstock_worker.adapters.training.rows import Rows
+from penstock_worker.adapters.training.strategies.checkpoints import Checkpoints
+from penstock_worker.adapters.training.strategies.group import Group
+from penstock_worker.usecases.job_context import JobFailure
+
+# Seconds between two votes, about. Short against the seconds in which a cancelled job must be gone, long
+# against a vote (0.1 ms to 1 ms).
+VOTE_SECONDS = 0.2
+# A step of which nobody knows how long it takes yet is followed by a vote; then at most so many times more
+# steps lie between two votes than before.
+_GROWTH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a training is made of. Everything is called in each rank.
+
+    Attributes:
+        build_model: Makes the model on the CPU in float32, with the same weights in every rank (seeded, or of
+            the version to go on from).
+        build_optimizer: Makes an optimizer of the parameters given. It may be called with a part of the
+            model's.
+        objective: What is made small.
+        rows: The training part.
+        seed: Of what is random during the training (dropout).
+        batch_size: Rows of a global batch; only the last one of an epoch may have fewer.
+        clip_gradient_norm: Norm of the whole gradient at most; 0 for unbounded.
+        precision: fp32, bf16 or fp16: what is computed in. Weights and gradients stay in float32.
+    """
+
+    build_model: Callable[[], Chain]
+    build_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    objective: Objective
+    rows: Rows
+    seed: int = 0
+    batch_size: int = 32
+    clip_gradient_norm: float = 0.0
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the ranks agreed on after a step, the same in all of them.
+
+    Attributes:
+        stop: Some rank was asked to stop.
+        checkpoint: A checkpoint is due.
+        loss: Mean loss since the last vote; None where there was no vote after this step. It is what it is,
+            NaN included.
+    """
+
+    stop: bool = False
+    checkpoint: bool = False
+    loss: float | None = None
+
+
+_NOTHING = Decision()
+
+
+class Strategy(ABC):
+    """One rank's part of a training.
+
+    Subclasses build `module` (what this rank holds of the model) and `optimizer` in `_build`, and say what a
+    step is. What is saved and gathered follows from the names in `tensors`.
+
+    Args:
+        group: This rank among the others; joined already.
+        parts: What the training is made of.
+
+    Raises:
+        JobFailure: INVALID_RECIPE if this model cannot be spread in this way over so many ranks.
+    """
+
+    name: ClassVar[str]
+    # How many processes may be used; None for any number.
+    ranks: ClassVar[int | None] = None
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, group: Group, parts: Parts) -> None:
+        self.group = group
+        self.parts = parts
+        self.device = group.device
+        self.steps = 0
+        self._losses: list[Tensor] = []
+        self._weights: list[Tensor | float] = []
+        self._next_vote = 1
+        self._interval = 1
+        self._last_vote = time.monotonic()
+        self._checkpoints = Checkpoints(group)
+        self._best: dict[str, Tensor] = {}
+        self._scaler = torch.amp.GradScaler("cuda") if parts.precision == "fp16" else None
+        torch.manual_seed(parts.seed + self._stream())
+        self._build()
+        self._rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+
+    # What a strategy says.
+
+    @abstractmethod
+    def _build(self) -> None:
+        """Make `module` and `optimizer`."""
+
+    @abstractmethod
+    def step(self, indices: Tensor, rate: float = 1.0) -> None:
+        """Take one step of the optimizer on a global batch.
+
+        Args:
+            indices: Its rows, int64, of shape (rows,); the same in all ranks.
+            rate: Factor on the optimizer's learning rate.
+        """
+
+    @abstractmethod
+    def predict(self, inputs: Tensor) -> Tensor:
+        """Compute the outputs of rows that this rank alone has, or that all ranks have (as `_deal` says)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give what this rank holds of the model's state, by the names it has in one whole model."""
+        return {name: value.detach() for name, value in self.module.state_dict(keep_vars=True).items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Give the parameters whose optimizer this rank has, by their names in one whole model."""
+        return dict(self.module.named_parameters())
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Gather the state of the whole model on the CPU of rank 0; None in the others. All ranks call it."""
+        found = {name: _whole(value) for name, value in self._best_or_present().items()}
+        return {name: value.cpu() for name, value in found.items()} if self.group.rank == 0 else None
+
+    def _stream(self) -> int:
+        """Number of this rank's stream of random numbers; ranks that compute the same have the same."""
+        return self.group.rank
+
+    def _deal(self) -> tuple[int, int]:
+        """Say which of how many parts of the held-out rows this rank measures."""
+        return self.group.rank, self.group.size
+
+    def _counted(self) -> bool:
+        """Whether what this rank measured is counted, where several ranks measure the same."""
+        return True
+
+    # What all have.
+
+    def agree(self, *, stop: bool = False, checkpoint: bool = False, now: bool = False) -> Decision:
+        """Agree with the other ranks, after each step.
+
+        Args:
+            stop: This rank was asked to stop.
+            checkpoint: A checkpoint is due; rank 0's word counts. While one is being written, none is due.
+            now: Vote after this step in any case (all ranks must say so), as at the end of an epoch.
+        """
+        self._checkpoints.settle_if_written()
+        if not now and self.steps < self._next_vote:
+            return _NOTHING
+        rank = self.group.rank
+        total, weight = self._loss_so_far()
+        interval = self._steps_until_next_vote() if rank == 0 else 0
+        due = rank == 0 and checkpoint and not self._checkpoints.writing
+        found = self.group.sum([float(stop), float(due), float(interval), total, weight])
+        self._interval = int(found[2])
+        self._next_vote = self.steps + self._interval
+        return Decision(found[0] > 0, found[1] > 0, found[3] / found[4] if found[4] else None)
+
+    def evaluate(
+        self, rows: Rows, batch_size: int, score: Callable[[Tensor, Tensor], Tensor], width: int
+    ) -> Tensor:
+        """Add up scores over rows, spread over the ranks.
+
+        Args:
+            rows: All are measured once.
+            batch_size: Rows that are computed at once.
+            score: (outputs, targets) → what is added up, a vector of `width`: sums of losses, counts, the
+                cells of a confusion matrix.
+            width: Its length.
+
+        Returns:
+            The sums in every rank, float64 of shape (width,).
+        """
+        part, parts = self._deal()
+        total = torch.zeros(width, dtype=torch.float64)
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                for begin in range(part * batch_size, len(rows), parts * batch_size):
+                    inputs, targets = rows.batch(torch.arange(begin, min(begin + batch_size, len(rows))))
+                    with self._autocast():
+                        outputs = self.predict(inputs)
+                    if self._counted():
+                        total += score(outputs.float(), targets).to("cpu", torch.float64)
+        finally:
+            self.module.train(training)
+        return self.group.sum_tensor(total)
+
+    def keep_best(self) -> None:
+        """Remember the present weights as the best so far."""
+        self._best = {name: value.clone() for name, value in self.tensors().items()}
+
+    def take_best(self) -> None:
+        """Go back to the best weights, if any were remembered."""
+        present = self.tensors()
+        for name, value in self._best.items():
+            present[name].copy_(value)
+
+    def save(self, directory: Path, extra: Mapping[str, Any], written: Callable[[], None]) -> None:
+        """Save everything needed to go on, at any number of ranks; all ranks call it after the same step.
+
+        Weights and the optimizer's state are copied now and written in the background.
+
+        Args:
+            directory: Where to; empty, the same for all ranks of a node.
+            extra: The loop's own state, as JSON can say it; rank 0's counts.
+            written: Called by a later `agree` or `settle`, once this rank's files are durable.
+        """
+        state = {f"model.{name}": value for name, value in self.tensors().items()}
+        state |= {f"best.{name}": value for name, value in self._best.items()}
+        if self.optimizer is not None:
+            for name, parameter in self.parameters().items():
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    if value is not None:
+                        state[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+        self._checkpoints.save(directory, state, {**extra, "steps": self.steps}, written)
+
+    def settle(self, timeout: float = 300.0) -> None:
+        """Wait until the checkpoint that is being written, if any, is durable, and say so.
+
+        Raises:
+            JobFailure: OUT_OF_DISK if it could not be written for lack of room.
+            TimeoutError: It is not written yet.
+        """
+        self._checkpoints.settle(timeout)
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Take up a checkpoint, of whatever strategy and number of ranks; all ranks call it.
+
+        Returns:
+            What was given as `extra`.
+
+        Raises:
+            JobFailure: INVALID_RECIPE if it is of another model.
+        """
+        known = self._checkpoints.described(directory)
+        present = self.tensors()
+        if missing := sorted(name for name in present if f"model.{name}" not in known):
+            raise JobFailure(
+                f"The checkpoint is of another model: it has no {missing[0]}. Start the job anew.",
+                "INVALID_RECIPE",
+            )
+        state = {f"model.{name}": value for name, value in present.items()}
+        self._best = {name: torch.clone(value) for name, value in present.items() if f"best.{name}" in known}
+        state |= {f"best.{name}": value for name, value in self._best.items()}
+        state |= self._empty_optimizer_state(known)
+        extra = self._checkpoints.load(directory, state)
+        self.steps = int(extra.pop("steps"))
+        self._next_vote = self.steps + 1
+        torch.manual_seed(self.parts.seed + self._stream() + 7919 * self.steps)
+        self._loaded()
+        return extra
+
+    def _loaded(self) -> None:  # noqa: B027 - most have nothing to do
+        """Do what must follow once the tensors hold what a checkpoint had."""
+
+    def close(self) -> None:
+        """Leave the group. What is being written is given up; safe to call after any failure."""
+        self._checkpoints.close()
+        self.group.close()
+
+    # For subclasses.
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute in the recipe's precision."""
+        if self.parts.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.parts.precision == "bf16" else torch.float16
+        context: contextlib.AbstractContextManager[Any] = torch.autocast(self.device.type, dtype)
+        return context
+
+    def _backward(self, loss: Tensor) -> None:
+        (self._scaler.scale(loss) if self._scaler else loss).backward()
+
+    def _update(self, rate: float) -> None:
+        """Clip the gradients, step, and forget them."""
+        optimizer = self.optimizer
+        assert optimizer is not None  # noqa: S101 - a strategy without one has its own way
+        self._set_rate(rate)
+        if self._scaler:
+            self._scaler.unscale_(optimizer)
+        if self.parts.clip_gradient_norm:
+            self._clip(self.parts.clip_gradient_norm)
+        if self._scaler:
+            self._scaler.step(optimizer)
+            self._scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _set_rate(self, rate: float) -> None:
+        assert self.optimizer is not None  # noqa: S101 - as above
+        for group, usual in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = usual * rate
+
+    def _clip(self, most: float) -> None:
+        nn.utils.clip_grad_norm_(self.module.parameters(), most)
+
+    def _note(self, loss_sum: Tensor, weight: Tensor | float) -> None:
+        """Remember a step's loss over this rank's rows, and that it is done."""
+        self._losses.append(loss_sum.detach())
+        self._weights.append(weight)
+        self.steps += 1
+
+    def _best_or_present(self) -> dict[str, Tensor]:
+        return self.tensors()
+
+    def _loss_so_far(self) -> tuple[float, float]:
+        """Give the sum of the losses, and of the weights, since the last vote."""
+        if not self._losses:
+            return 0.0, 0.0
+        total = float(torch.stack(self._losses).sum(dtype=torch.float64))
+        weight = sum(float(weight) for weight in self._weights)
+        self._losses, self._weights = [], []
+        return total, weight
+
+    def _steps_until_next_vote(self) -> int:
+        now = time.monotonic()
+        seconds, self._last_vote = now - self._last_vote, now
+        taken = max(1, self.steps - self._next_vote + self._interval)
+        fit = int(VOTE_SECONDS * taken / max(seconds, 1e-6))
+        return max(1, min(fit, self._interval * _GROWTH))
+
+    def _empty_optimizer_state(
+        self, known: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> dict[str, Tensor]:
+        """Make the optimizer's state with the shapes of a checkpoint, to be filled."""
+        if self.optimizer is None:
+            return {}
+        parameters = self.parameters()
+        state: dict[str, Tensor] = {}
+        for full, (shape, dtype) in known.items():
+            kind, _, rest = full.partition(".")
+            name, _, key = rest.rpartition(".")
+            if kind != "optimizer" or name not in parameters:
+                continue
+            parameter = parameters[name]
+            if shape == tuple(parameter.shape):
+                value = torch.zeros_like(parameter.detach(), dtype=dtype)
+            else:
+                value = torch.zeros(shape, dtype=dtype)
+            self.optimizer.state[parameter][key] = value
+            state[full] = value
+        return state
+
+
+def share(indices: Tensor, part: int, parts: int) -> tuple[Tensor, bool]:
+    """Give one rank's rows of a global batch, and whether they count.
+
+    A rank without rows computes one that does not count, as it must take part in the exchange.
+    """
+    rows = len(indices)
+    begin, end = rows * part // parts, rows * (part + 1) // parts
+    return (indices[begin:end], True) if begin < end else (indices[:1], False)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Gather a tensor whose pieces lie in several ranks; they all call it."""
+    full = getattr(value, "full_tensor", None)
+    return value if full is None else full()
