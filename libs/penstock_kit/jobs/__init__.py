@@ -12,11 +12,16 @@ from typing import Any
 from penstock.scheduler.v1 import job_pb2
 from penstock_kit.errors import InvalidArgument
 from penstock_kit.jobs.compress import check as check_compress
+from penstock_kit.jobs.convert import check as check_convert
+from penstock_kit.jobs.measure import check_evaluate, check_profile
 from penstock_kit.jobs.train import check as check_train
 
 _CHECKS: Mapping[str, Callable[[Any], None]] = {
     "train": check_train,
     "compress": check_compress,
+    "convert": check_convert,
+    "evaluate": check_evaluate,
+    "profile": check_profile,
 }
 
 
