@@ -56,6 +56,20 @@ def tree_digest(manifest: bytes, files: Iterable[tuple[str, int, str]]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def files_digest(files: Iterable[tuple[str, int, str]]) -> str:
+    """Return the digest of an artifact, which is files and nothing else.
+
+    It is the SHA-256 of the line ``penstock-files-v1`` and the same lines for the files as in a tree digest.
+
+    Args:
+        files: (path, size in bytes, SHA-256 in hexadecimal) of every file, in any order.
+    """
+    digest = hashlib.sha256(b"penstock-files-v1\n")
+    for path, size, sha256 in sorted(files, key=lambda file: file[0].encode()):
+        digest.update(f"{sha256} {size} {path}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file's contents in hexadecimal. Blocking."""
     with path.open("rb") as file:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 
+from penstock.registry.v1.artifact_service_pb2_grpc import add_ArtifactServiceServicer_to_server
 from penstock.registry.v1.registry_service_pb2_grpc import add_RegistryServiceServicer_to_server
 from penstock_kit.artifacts.staging import Staging
 from penstock_kit.artifacts.store import BlobStore
@@ -17,6 +18,7 @@ from penstock_kit.telemetry import MetricsServer
 from penstock_registry.adapters.scheduler import NoDeployments, SchedulerDeployments
 from penstock_registry.adapters.unit_of_work import RegistryUnitOfWork
 from penstock_registry.adapters.uploads import StagedUploads
+from penstock_registry.api.artifacts import ArtifactServicer
 from penstock_registry.api.servicer import RegistryServicer
 from penstock_registry.settings import RegistrySettings
 from penstock_registry.usecases.ports import Ports, Work
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = "registry"
 SERVICE_NAME = "penstock.registry.v1.RegistryService"
+ARTIFACT_SERVICE_NAME = "penstock.registry.v1.ArtifactService"
 DATABASE_CHECK_SECONDS = 1.0
 DRAIN_SECONDS = 10.0
 # An upload that nobody continued for a week is forgotten.
@@ -56,19 +59,15 @@ class RegistryApp:
             else NoDeployments()
         )
         self.server = RpcServer(settings.registry_listen, max_message_bytes=settings.max_message_bytes)
-        self.server.add(
-            add_RegistryServiceServicer_to_server,
-            RegistryServicer(
-                Ports(
-                    work=self._work,
-                    blobs=self._blobs,
-                    uploads=StagedUploads(self._staging, self._blobs),
-                    deployments=self.deployments,
-                    allow_python_runtime=settings.allow_python_runtime,
-                )
-            ),
-            SERVICE_NAME,
+        ports = Ports(
+            work=self._work,
+            blobs=self._blobs,
+            uploads=StagedUploads(self._staging, self._blobs),
+            deployments=self.deployments,
+            allow_python_runtime=settings.allow_python_runtime,
         )
+        self.server.add(add_RegistryServiceServicer_to_server, RegistryServicer(ports), SERVICE_NAME)
+        self.server.add(add_ArtifactServiceServicer_to_server, ArtifactServicer(ports), ARTIFACT_SERVICE_NAME)
         self._tasks = TaskSet()
         self._schema_ready = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()

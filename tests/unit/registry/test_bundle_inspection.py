@@ -16,9 +16,10 @@ import torch
 from onnx import helper
 
 from penstock_kit.errors import InvalidArgument, Reason
+from penstock_registry.domain.files import BundleFile
 from penstock_registry.domain.formats import inspect_bundle
 from penstock_registry.domain.manifest import Manifest, Signature
-from penstock_registry.domain.version import BundleFile, Version
+from penstock_registry.domain.version import Version
 from support.registry_world import skops_bytes
 
 # torch's own notices while it exports; nothing of ours.

@@ -99,6 +99,60 @@ class FileRow(Base):
     sha256: Mapped[Words]
 
 
+class ArtifactRow(Base):
+    """A name of artifacts; it stays when all are deleted, so that no number is given twice."""
+
+    __tablename__ = "artifacts"
+    __table_args__ = (
+        UniqueConstraint("artifact"),
+        CheckConstraint("latest_version >= 1", name="latest_version"),
+        CheckConstraint("kind IN ('DATASET', 'CODE', 'CHECKPOINT', 'PREDICTIONS')", name="kind"),
+    )
+
+    uid: Mapped[Key]
+    artifact: Mapped[Words]
+    kind: Mapped[Words]
+    latest_version: Mapped[int] = mapped_column(Integer)
+    create_time: Mapped[Moment]
+
+
+class ArtifactVersionRow(Base):
+    """A version of a named set of files that is no model."""
+
+    __tablename__ = "artifact_versions"
+    __table_args__ = (
+        UniqueConstraint("artifact_uid", "number"),
+        Index("ix_artifact_versions_job", "job", postgresql_where=text("job <> ''")),
+        CheckConstraint("number >= 1", name="number"),
+        CheckConstraint("(state = 'READY') <= (digest <> '')", name="digest"),
+        CheckConstraint("state IN ('UPLOADING', 'READY', 'DELETED')", name="state"),
+    )
+
+    uid: Mapped[Key]
+    artifact_uid: Mapped[int] = mapped_column(ForeignKey("registry.artifacts.uid"))
+    number: Mapped[int] = mapped_column(Integer)
+    state: Mapped[Words]
+    format: Mapped[Words]
+    description: Mapped[Json]
+    labels: Mapped[Json]
+    job: Mapped[Words]
+    digest: Mapped[Words]
+    created_by: Mapped[Words]
+    create_time: Mapped[Moment]
+
+
+class ArtifactFileRow(Base):
+    """A file of an artifact, as announced."""
+
+    __tablename__ = "artifact_files"
+    __table_args__ = (Index("ix_artifact_files_sha256", "sha256"),)
+
+    version_uid: Mapped[int] = mapped_column(ForeignKey("registry.artifact_versions.uid"), primary_key=True)
+    path: Mapped[str] = mapped_column(Text, primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[Words]
+
+
 class BlobRow(Base):
     """Contents that are in the artifact store and were right when they came."""
 

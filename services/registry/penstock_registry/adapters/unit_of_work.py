@@ -6,9 +6,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from penstock_kit.db import UnitOfWork
 from penstock_registry.adapters.alias_repository import AliasRepository
+from penstock_registry.adapters.artifact_repository import ArtifactRepository
 from penstock_registry.adapters.repositories import BlobRepository, ModelRepository, RequestRepository
 from penstock_registry.adapters.version_repository import VersionRepository
-from penstock_registry.usecases.ports import Aliases, BlobIndex, Models, Requests, Versions
+from penstock_registry.usecases.ports import Aliases, Artifacts, BlobIndex, Models, Requests, Versions
 
 
 class RegistryUnitOfWork(UnitOfWork):
@@ -17,6 +18,7 @@ class RegistryUnitOfWork(UnitOfWork):
     models: Models
     versions: Versions
     aliases: Aliases
+    artifacts: Artifacts
     requests: Requests
     blobs: BlobIndex
 
@@ -27,5 +29,6 @@ class RegistryUnitOfWork(UnitOfWork):
         self.models = ModelRepository(session)
         self.versions = VersionRepository(session)
         self.aliases = AliasRepository(session)
+        self.artifacts = ArtifactRepository(session)
         self.requests = RequestRepository(session)
         self.blobs = BlobRepository(session)

@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager
 
 from penstock_kit.artifacts.staging import PartialFile, Staging
 from penstock_kit.artifacts.store import BlobStore
-from penstock_registry.domain.version import Version
-from penstock_registry.usecases.ports import Upload
+from penstock_registry.usecases.ports import Receiver, Upload
 
 
 class StagedUpload:
@@ -34,30 +33,30 @@ class StagedUpload:
 
 
 class StagedUploads:
-    """See `usecases.ports.Uploads`. A file's key is its version's uid and a digest of its path."""
+    """See `usecases.ports.Uploads`. A file's key is its receiver's and a digest of its path."""
 
     def __init__(self, staging: Staging, blobs: BlobStore) -> None:
         self._staging = staging
         self._blobs = blobs
 
-    def received(self, version: Version, path: str) -> int:
+    def received(self, receiver: Receiver, path: str) -> int:
         """Return how many bytes have arrived."""
-        return self._staging.received(_key(version, path))
+        return self._staging.received(_key(receiver, path))
 
     @asynccontextmanager
-    async def open(self, version: Version, path: str) -> AsyncIterator[Upload]:
+    async def open(self, receiver: Receiver, path: str) -> AsyncIterator[Upload]:
         """Take up an upload where it ended."""
-        file = version.file(path)
+        file = receiver.file(path)
         if file is None:
-            raise ValueError(f"{version.name} has no file {path!r}")
-        async with self._staging.partial(_key(version, path), file.size_bytes, file.sha256) as partial:
+            raise ValueError(f"{receiver.name} has no file {path!r}")
+        async with self._staging.partial(_key(receiver, path), file.size_bytes, file.sha256) as partial:
             yield StagedUpload(partial, self._blobs)
 
-    def discard(self, version: Version) -> None:
-        """Forget what arrived for a version."""
-        for file in version.files:
-            self._staging.discard(_key(version, file.path))
+    def discard(self, receiver: Receiver) -> None:
+        """Forget what arrived."""
+        for file in receiver.files:
+            self._staging.discard(_key(receiver, file.path))
 
 
-def _key(version: Version, path: str) -> str:
-    return f"{version.uid}-{hashlib.sha256(path.encode()).hexdigest()[:32]}.part"
+def _key(receiver: Receiver, path: str) -> str:
+    return f"{receiver.upload_key}-{hashlib.sha256(path.encode()).hexdigest()[:32]}.part"

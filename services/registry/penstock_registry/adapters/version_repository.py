@@ -13,10 +13,11 @@ from penstock_kit.errors import NotFound, Reason
 from penstock_kit.names import version_name
 from penstock_registry.adapters.lists import paged, sort_key, version_condition
 from penstock_registry.adapters.rows import AliasRow, BlobRow, FileRow, ModelRow, ParentRow, VersionRow
+from penstock_registry.domain.files import BundleFile
 from penstock_registry.domain.manifest import Manifest
 from penstock_registry.domain.model import Model
 from penstock_registry.domain.query import Cursor, Query
-from penstock_registry.domain.version import BundleFile, Failure, Version, VersionState
+from penstock_registry.domain.version import Failure, Version, VersionState
 
 R = TypeVar("R", bound=Row[*tuple[Any, ...]])
 

@@ -11,6 +11,7 @@ from penstock.registry.v1 import manifest_pb2, model_pb2, version_pb2
 from penstock_kit.ensembles import steps_from_proto, steps_to_proto
 from penstock_kit.errors import InvalidArgument
 from penstock_kit.names import model_name, version_name
+from penstock_registry.domain.files import BundleFile
 from penstock_registry.domain.manifest import (
     Batching,
     Lineage,
@@ -20,7 +21,7 @@ from penstock_registry.domain.manifest import (
     TensorSpec,
 )
 from penstock_registry.domain.model import Alias, AliasMove, Model
-from penstock_registry.domain.version import BundleFile, Version
+from penstock_registry.domain.version import Version
 
 _DATA_TYPE_PREFIX = "DATA_TYPE_"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,18 +17,16 @@ from penstock.registry.v1 import (
     registry_service_pb2 as pb,
 )
 from penstock_kit import names, rpc
-from penstock_kit.errors import DeadlineExceeded, InvalidArgument
+from penstock_kit.errors import InvalidArgument
 from penstock_registry.api import convert
+from penstock_registry.api.streams import next_part
 from penstock_registry.domain import query
 from penstock_registry.domain.model import Model
 from penstock_registry.domain.version import Version
-from penstock_registry.usecases import aliases, artifacts, models, versions
+from penstock_registry.usecases import aliases, bundles, models, versions
 from penstock_registry.usecases.ports import Ports
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-# A client that goes on uploading sends a chunk at least this often.
-UPLOAD_IDLE_SECONDS = 60.0
 
 
 class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
@@ -164,12 +161,12 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
     ) -> pb.UploadArtifactResponse:
         """Receive the bytes of one file."""
         parts = aiter(request_iterator)
-        first = await _next_part(parts)
+        first = await next_part(parts)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidArgument("The first message of UploadArtifact must have the header.")
         header = first.header
         model, number = names.parse_version(header.version)
-        file = await artifacts.upload(self._ports, model, number, header.path, header.offset, _chunks(parts))
+        file = await bundles.upload(self._ports, model, number, header.path, header.offset, _chunks(parts))
         return pb.UploadArtifactResponse(file=convert.file_to_proto(file))
 
     async def FinalizeVersion(
@@ -177,7 +174,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
     ) -> version_pb2.Version:
         """Check the bundle and make the version READY."""
         return convert.version_to_proto(
-            await artifacts.finalize(self._ports, *names.parse_version(request.name))
+            await bundles.finalize(self._ports, *names.parse_version(request.name))
         )
 
     async def DownloadArtifact(
@@ -185,7 +182,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
     ) -> AsyncIterator[pb.DownloadArtifactResponse]:
         """Send the bytes of one file."""
         model, number = names.parse_version(request.version)
-        async for chunk in artifacts.download(self._ports, model, number, request.path, request.offset):
+        async for chunk in bundles.download(self._ports, model, number, request.path, request.offset):
             yield pb.DownloadArtifactResponse(chunk=chunk)
 
     async def ArchiveVersion(
@@ -291,22 +288,7 @@ def _alias_of(text: str, model: str) -> str:
 
 async def _chunks(parts: AsyncIterator[pb.UploadArtifactRequest]) -> AsyncIterator[bytes]:
     """Yield the chunks that follow the header."""
-    while (part := await _next_part(parts)) is not None:
+    while (part := await next_part(parts)) is not None:
         if part.WhichOneof("part") != "chunk":
             raise InvalidArgument("Every message of UploadArtifact after the first must have a chunk.")
         yield part.chunk
-
-
-async def _next_part(parts: AsyncIterator[pb.UploadArtifactRequest]) -> pb.UploadArtifactRequest | None:
-    """Return the next message; None after the last.
-
-    Raises:
-        DeadlineExceeded: The client went quiet.
-    """
-    try:
-        async with asyncio.timeout(UPLOAD_IDLE_SECONDS):
-            return await anext(parts, None)
-    except TimeoutError as error:
-        raise DeadlineExceeded(
-            f"No chunk came for {UPLOAD_IDLE_SECONDS:.0f} seconds; what arrived is kept. Continue the upload."
-        ) from error

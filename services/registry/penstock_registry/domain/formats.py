@@ -9,10 +9,11 @@ from typing import BinaryIO
 from penstock_kit.artifacts.torchscript import CODE_SUFFIX, LEGACY_MODEL, MAX_SOURCE_BYTES, unsafe_source
 from penstock_kit.errors import InvalidArgument, Reason
 from penstock_registry.domain.archives import Archive
+from penstock_registry.domain.files import BundleFile
 from penstock_registry.domain.onnx import check_onnx
 from penstock_registry.domain.pickles import looks_like_pickle
 from penstock_registry.domain.pt2 import check_pt2, unsafe
-from penstock_registry.domain.version import BundleFile, Version, unsafe_pickle
+from penstock_registry.domain.version import Version, unsafe_pickle
 
 HEAD_BYTES = 64 * 1024
 MAX_SCHEMA_BYTES = 256 * 1024 * 1024

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from types import MappingProxyType
 
-from penstock_kit.artifacts import EMPTY_SHA256, canonical_manifest, check_bundle_paths, tree_digest
+from penstock_kit.artifacts import canonical_manifest, tree_digest
 from penstock_kit.errors import FailedPrecondition, InvalidArgument, Reason
 from penstock_kit.names import version_name
+from penstock_registry.domain.files import BundleFile, check_announced
 from penstock_registry.domain.manifest import Empty, Manifest
 
 MAX_FILES = 10_000
-MAX_FILE_BYTES = 2**43  # 8 TiB: beyond any disk here, and a thousand of them fit an int64
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PICKLE_SUFFIXES = (".pkl", ".pickle", ".joblib", ".dill", ".cloudpickle")
 
 
@@ -44,21 +42,6 @@ NEXT_STATES: Mapping[VersionState, frozenset[VersionState]] = MappingProxyType(
         VersionState.DELETED: frozenset(),
     }
 )
-
-
-@dataclass(frozen=True, slots=True)
-class BundleFile:
-    """One file of a bundle; received_bytes equals size_bytes when its contents are stored."""
-
-    path: str
-    size_bytes: int
-    sha256: str
-    received_bytes: int = 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether its contents are stored."""
-        return self.received_bytes == self.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +84,11 @@ class Version:
     def size_bytes(self) -> int:
         """Sum of the files' sizes."""
         return sum(file.size_bytes for file in self.files)
+
+    @property
+    def upload_key(self) -> str:
+        """What its uploads under way are known by."""
+        return str(self.uid)
 
     def file(self, path: str) -> BundleFile | None:
         """Return the file announced under a path, if any."""
@@ -166,18 +154,8 @@ def check_files(files: Sequence[BundleFile], manifest: Manifest) -> None:
     Raises:
         InvalidArgument: They cannot. Reasons: INVALID_REQUEST, MANIFEST_MISMATCH, UNSAFE_FORMAT.
     """
-    if not files:
-        raise InvalidArgument("files is empty; a bundle has at least the manifest's entrypoint.")
-    if len(files) > MAX_FILES:
-        raise InvalidArgument(f"A bundle has at most {MAX_FILES} files, not {len(files)}.")
-    check_bundle_paths(file.path for file in files)
+    check_announced(files, what="a bundle", most=MAX_FILES)
     for file in files:
-        if not 0 <= file.size_bytes <= MAX_FILE_BYTES:
-            raise InvalidArgument(f"files[{file.path!r}].size_bytes is {file.size_bytes}.")
-        if not _SHA256.fullmatch(file.sha256):
-            raise InvalidArgument(f"files[{file.path!r}].sha256 is not 64 lower-case hexadecimal digits.")
-        if (file.size_bytes == 0) != (file.sha256 == EMPTY_SHA256):
-            raise InvalidArgument(f"files[{file.path!r}]: that size and that SHA-256 cannot both be right.")
         if manifest.format != "python" and file.path.lower().endswith(_PICKLE_SUFFIXES):
             raise unsafe_pickle(file.path)
     if manifest.entrypoint not in {file.path for file in files}:

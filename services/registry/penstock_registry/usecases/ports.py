@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self
 
+from penstock_registry.domain.artifact import Artifact, ArtifactKind
+from penstock_registry.domain.files import BundleFile
 from penstock_registry.domain.model import Alias, AliasMove, Model
 from penstock_registry.domain.query import Cursor, Query
 from penstock_registry.domain.version import Version
@@ -101,6 +103,51 @@ class Aliases(Protocol):
         """Return a page of moves, newest first, and where it ended if there is more."""
 
 
+class Artifacts(Protocol):
+    """Artifacts that are not deleted."""
+
+    async def add(self, artifact: Artifact) -> int:
+        """Store a new artifact under the next number of its name; return its uid.
+
+        Nobody else adds to the name until the end.
+
+        Raises:
+            FailedPrecondition: The name is one of another kind.
+        """
+
+    async def get(self, artifact: str, number: int, *, lock: bool = False) -> Artifact:
+        """Return an artifact that is not DELETED; with `lock`, nobody else changes it until the end.
+
+        Raises:
+            NotFound: There is none.
+        """
+
+    async def get_by_uid(self, uid: int) -> Artifact:
+        """Return an artifact in whatever state.
+
+        Raises:
+            NotFound: There is none.
+        """
+
+    async def newest_ready(self, artifact: str) -> Artifact:
+        """Return the READY one with the highest number.
+
+        Raises:
+            NotFound: There is none.
+        """
+
+    async def save(self, artifact: Artifact) -> None:
+        """Store state and digest."""
+
+    async def page(
+        self, artifact: str | None, kind: ArtifactKind | None, query: Query
+    ) -> tuple[list[Artifact], Cursor | None]:
+        """Return a page of a name's artifacts (None: of the newest of each name), and where it ended.
+
+        Without a kind, all but checkpoints; those of a name are all shown.
+        """
+
+
 class Requests(Protocol):
     """Keys that make retries safe."""
 
@@ -133,6 +180,7 @@ class Work(Protocol):
     models: Models
     versions: Versions
     aliases: Aliases
+    artifacts: Artifacts
     requests: Requests
     blobs: BlobIndex
 
@@ -178,17 +226,36 @@ class Upload(Protocol):
         """Check the whole and store it as a blob."""
 
 
+class Receiver(Protocol):
+    """What files are received for: a version or an artifact."""
+
+    @property
+    def name(self) -> str:
+        """Its resource name."""
+
+    @property
+    def upload_key(self) -> str:
+        """What its uploads under way are known by; of no other, ever."""
+
+    @property
+    def files(self) -> Sequence[BundleFile]:
+        """All files, as announced."""
+
+    def file(self, path: str) -> BundleFile | None:
+        """Return the file announced under a path, if any."""
+
+
 class Uploads(Protocol):
     """Files of which some bytes have arrived."""
 
-    def received(self, version: Version, path: str) -> int:
+    def received(self, receiver: Receiver, path: str) -> int:
         """Return how many bytes have arrived."""
 
-    def open(self, version: Version, path: str) -> AbstractAsyncContextManager[Upload]:
+    def open(self, receiver: Receiver, path: str) -> AbstractAsyncContextManager[Upload]:
         """Take up an upload where it ended."""
 
-    def discard(self, version: Version) -> None:
-        """Forget what arrived for a version."""
+    def discard(self, receiver: Receiver) -> None:
+        """Forget what arrived."""
 
 
 class Deployments(Protocol):

@@ -11,6 +11,7 @@ from penstock_registry.domain.manifest import check_labels, check_manifest, chec
 from penstock_registry.domain.model import check_etag
 from penstock_registry.domain.query import Query
 from penstock_registry.domain.version import Version, VersionState, advance, check_files
+from penstock_registry.usecases.files import arrived
 from penstock_registry.usecases.in_use import require_unused
 from penstock_registry.usecases.models import check_mask, claim, fingerprint
 from penstock_registry.usecases.ports import Ports, Work
@@ -232,19 +233,7 @@ def with_received(ports: Ports, version: Version) -> Version:
     """Return the version with what has arrived so far of the files that are not complete."""
     if version.state is not VersionState.UPLOADING or all(file.complete for file in version.files):
         return version
-    return replace(
-        version,
-        files=tuple(
-            file
-            if file.complete
-            else replace(
-                file,
-                # All bytes are there but not checked yet: that is not complete.
-                received_bytes=min(ports.uploads.received(version, file.path), file.size_bytes - 1),
-            )
-            for file in version.files
-        ),
-    )
+    return replace(version, files=arrived(ports, version))
 
 
 def alias_not_found(model: str, alias: str) -> NotFound:
