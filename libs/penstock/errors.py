@@ -98,6 +98,7 @@ class Reason(IntEnum):
     UNKNOWN_METHOD = 31
     SHUTTING_DOWN = 32
     QUOTA_BELOW_USE = 33
+    GATE_FAILED = 34
 
 
 # OIP.md: the statuses that the Open Inference Protocol's REST clients expect.

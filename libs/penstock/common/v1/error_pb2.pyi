@@ -94,6 +94,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The project holds more than the quota allows, or would. The message names what is held: end some of it, ask for a
     larger quota, or allow it (allow_below_use).
     """
+    REASON_GATE_FAILED: _Reason.ValueType  # 34
+    """The version did not pass its gate. Compress or train it again, or move the alias by force."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a call failed, in a word that programs can test. It travels as google.rpc.ErrorInfo.reason
@@ -172,4 +174,6 @@ REASON_QUOTA_BELOW_USE: Reason.ValueType  # 33
 """The project holds more than the quota allows, or would. The message names what is held: end some of it, ask for a
 larger quota, or allow it (allow_below_use).
 """
+REASON_GATE_FAILED: Reason.ValueType  # 34
+"""The version did not pass its gate. Compress or train it again, or move the alias by force."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
