@@ -36,16 +36,17 @@ class Chain(nn.Module):
         """Return the blocks [start, stop), which keep their names; shared, not copied."""
         return Chain({int(name): block for name, block in list(self.named_children())[start:stop]})
 
-    def forward(self, *values: torch.Tensor) -> Any:
+    def forward(self, x: torch.Tensor, *more: torch.Tensor) -> Any:
         """Compute all blocks.
 
         Args:
-            *values: What the first block takes: for a whole model one tensor, rows first.
+            x: What the first block takes, rows first.
+            *more: What it takes beside that, if it is not the first of the whole model.
 
         Returns:
             What the last block gives: for a whole model one tensor, rows first.
         """
-        given: Any = values
+        given: Any = (x, *more)
         for block in self.children():
             given = block(*given) if isinstance(given, tuple) else block(given)
         return given

@@ -66,7 +66,7 @@ class CrossEntropy:
 class Regression:
     """A distance between numbers, in units of the targets' standard deviation.
 
-    mse: d², mae: |d|, huber: d²/2 for |d| ≤ 1, else |d| − 1/2 (Huber 1964), with d = (output − target) / scale.
+    mse: d², mae: |d|, huber: d²/2 for |d| ≤ 1, else |d| − 1/2 (Huber 1964); d = (output − target) / scale.
 
     Args:
         name: mse, mae or huber.
@@ -101,7 +101,7 @@ class Regression:
 
 
 def balanced_weights(targets: Tensor, classes: int) -> Tensor:
-    """Return weights under which each class counts as much as any other: rows / (classes · rows of the class).
+    """Return weights under which each class counts as much as any other: rows / (classes · its rows).
 
     A class without rows weighs 1.
 
