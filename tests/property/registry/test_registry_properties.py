@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.common.v1 import resources_pb2, tensor_pb2
-from penstock.registry.v1 import manifest_pb2
+from penstock.registry.v1 import gate_pb2, manifest_pb2
 from penstock_kit.artifacts import canonical_manifest, check_bundle_path, check_bundle_paths, tree_digest
 from penstock_kit.errors import InvalidArgument
 from penstock_registry.api.convert import manifest_from_proto, manifest_to_proto
@@ -127,6 +127,25 @@ def manifests(draw: Any) -> manifest_pb2.Manifest:
                 parents=draw(st.lists(st.text(max_size=8), max_size=3)),
                 operation=draw(st.text(max_size=8)),
                 parameters=draw(texts()),
+                job=draw(st.text(max_size=8)),
+                datasets=draw(st.lists(st.text(max_size=8), max_size=2)),
+                seed=draw(st.integers(-(2**63), 2**63 - 1)),
+                environment=draw(texts()),
+            )
+        )
+    if draw(st.booleans()):
+        bound = st.none() | st.floats(0, 1e9)
+        message.gate.CopyFrom(
+            gate_pb2.GateVerdict(
+                gate=gate_pb2.Gate(
+                    metric=draw(st.text(max_size=8)),
+                    max_metric_loss=draw(bound),
+                    min_speed_up=draw(bound),
+                    max_size_ratio=draw(bound),
+                ),
+                passed=draw(st.booleans()),
+                failures=draw(st.lists(st.text(max_size=8), max_size=2)),
+                measured=draw(st.dictionaries(KEYS, st.floats(-1e9, 1e9), max_size=3)),
             )
         )
     return message

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import safetensors.torch
 import torch
 from onnx import helper
 
@@ -120,6 +121,22 @@ def test_exported_programs_of_many_kinds_are_taken(pt2: bytes) -> None:
     tokens = torch.ones(4, 7, dtype=torch.long)
     inspect(exported(Text(), tokens, dynamic=({0: auto, 1: auto},)), "pt2")
     inspect(rewritten(pt2, keep), "pt2")
+
+
+def test_weights_architecture_and_tokenizer_may_lie_beside_an_exported_program(pt2: bytes) -> None:
+    weights = safetensors.torch.save({"head.weight": torch.ones(2, 4)})
+    # A header of 640 bytes: the file then begins like a pickle of protocol 2.
+    like_pickle = (640).to_bytes(8, "little") + b'{"w": 1}'.ljust(640)
+    texts = {"architecture.json": b'{"name": "cnn"}', "tokenizer.json": b'{"version": "1.0"}'}
+    inspect(
+        pt2,
+        "pt2",
+        path="model.pt2",
+        more={"model.safetensors": weights, "w2.safetensors": like_pickle, **texts},
+    )
+    binfloat = b"\x80\x02G00\0\0\0{00" + pickle.dumps(Evil(), 2)[2:]
+    for evil in (pickle.dumps(Evil()), binfloat):
+        assert refused(pt2, "pt2", more={"model.safetensors": evil, **texts}) is Reason.UNSAFE_FORMAT
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from penstock.common.v1 import resources_pb2, tensor_pb2
-from penstock.registry.v1 import manifest_pb2, model_pb2, version_pb2
+from penstock.registry.v1 import gate_pb2, manifest_pb2, model_pb2, version_pb2
 from penstock_kit.ensembles import steps_from_proto, steps_to_proto
 from penstock_kit.errors import InvalidArgument
 from penstock_kit.names import model_name, version_name
 from penstock_registry.domain.files import BundleFile
+from penstock_registry.domain.lineage import GateVerdict, Lineage
 from penstock_registry.domain.manifest import (
     Batching,
-    Lineage,
     Manifest,
     Resources,
     Signature,
@@ -60,6 +60,10 @@ def manifest_from_proto(message: manifest_pb2.Manifest) -> Manifest:
             lineage.code_digest,
             lineage.data_digest,
             dict(lineage.parameters),
+            lineage.job,
+            tuple(lineage.datasets),
+            lineage.seed,
+            dict(lineage.environment),
         )
         if message.HasField("lineage")
         else None,
@@ -67,6 +71,7 @@ def manifest_from_proto(message: manifest_pb2.Manifest) -> Manifest:
         description=message.description,
         parameters=dict(message.parameters),
         steps=steps_from_proto(message.ensemble),
+        gate=_verdict_from_proto(message.gate) if message.HasField("gate") else None,
     )
 
 
@@ -111,8 +116,14 @@ def manifest_to_proto(manifest: Manifest) -> manifest_pb2.Manifest:
                 code_digest=manifest.lineage.code_digest,
                 data_digest=manifest.lineage.data_digest,
                 parameters=manifest.lineage.parameters,
+                job=manifest.lineage.job,
+                datasets=manifest.lineage.datasets,
+                seed=manifest.lineage.seed,
+                environment=manifest.lineage.environment,
             )
         )
+    if manifest.gate is not None:
+        message.gate.CopyFrom(_verdict_to_proto(manifest.gate))
     if manifest.steps:
         message.ensemble.CopyFrom(steps_to_proto(manifest.steps))
     return message
@@ -205,6 +216,33 @@ def time_from_proto(message: Timestamp, name: str) -> datetime:
         return message.ToDatetime(tzinfo=UTC)
     except (ValueError, OverflowError) as error:
         raise InvalidArgument(f"{name} is not a moment between the years 1 and 9999.") from error
+
+
+def _verdict_from_proto(message: gate_pb2.GateVerdict) -> GateVerdict:
+    gate = message.gate
+    return GateVerdict(
+        passed=message.passed,
+        metric=gate.metric,
+        max_metric_loss=gate.max_metric_loss if gate.HasField("max_metric_loss") else None,
+        min_speed_up=gate.min_speed_up if gate.HasField("min_speed_up") else None,
+        max_size_ratio=gate.max_size_ratio if gate.HasField("max_size_ratio") else None,
+        failures=tuple(message.failures),
+        measured=dict(message.measured),
+    )
+
+
+def _verdict_to_proto(verdict: GateVerdict) -> gate_pb2.GateVerdict:
+    return gate_pb2.GateVerdict(
+        gate=gate_pb2.Gate(
+            metric=verdict.metric,
+            max_metric_loss=verdict.max_metric_loss,
+            min_speed_up=verdict.min_speed_up,
+            max_size_ratio=verdict.max_size_ratio,
+        ),
+        passed=verdict.passed,
+        failures=verdict.failures,
+        measured=verdict.measured,
+    )
 
 
 def _tensor_from_proto(message: tensor_pb2.TensorSpec) -> TensorSpec:

@@ -15,7 +15,7 @@ from penstock_kit.artifacts import files_digest
 from penstock_kit.errors import FailedPrecondition, InvalidArgument, Reason
 from penstock_kit.names import artifact_name, parse_job
 from penstock_registry.domain.files import BundleFile, check_announced
-from penstock_registry.domain.manifest import Empty, check_labels
+from penstock_registry.domain.texts import Empty, check_labels
 
 # A folder of images has a file a row; more rows than this belong into parquet or npz.
 MAX_FILES = 50_000

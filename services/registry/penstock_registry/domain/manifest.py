@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Self
@@ -12,7 +11,8 @@ from typing import Any, Self
 from penstock_kit.artifacts.paths import check_bundle_path
 from penstock_kit.ensembles import Step, check_graph
 from penstock_kit.errors import InvalidArgument, Reason
-from penstock_kit.names import parse_version
+from penstock_registry.domain.lineage import GateVerdict, Lineage, check_lineage, check_verdict
+from penstock_registry.domain.texts import Empty, check_keys, check_text, check_texts
 
 # Which formats a runtime loads.
 FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -32,9 +32,6 @@ _ENUM_PREFIX = "DATA_TYPE_"
 
 MAX_TENSORS = 256
 MAX_RANK = 16
-MAX_ENTRIES = 256
-MAX_TEXT = 16 * 1024
-MAX_PARENTS = 256
 LARGEST_AMOUNT = 2**53
 # A replica warms up with a whole batch: an absurd size would be an absurd amount of memory.
 _MOST_OF_BATCHING = {
@@ -42,12 +39,6 @@ _MOST_OF_BATCHING = {
     "max_delay_microseconds": 10_000_000,
     "latency_objective_microseconds": 3_600_000_000,
 }
-
-# Keys of labels, metrics and parameters: what a filter term can name.
-_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/@:%+]{0,127}")
-_DIGEST_TEXT = re.compile(r"[\x21-\x7e]{1,256}")
-
-Empty: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +82,6 @@ class Resources:
 
 
 @dataclass(frozen=True, slots=True)
-class Lineage:
-    """Where a version comes from; parents are names of versions."""
-
-    parents: tuple[str, ...] = ()
-    operation: str = ""
-    code_digest: str = ""
-    data_digest: str = ""
-    parameters: Mapping[str, str] = field(default_factory=lambda: Empty)
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """The standard description of a version. Parts that were not given are None; steps are an ensemble's."""
 
@@ -117,6 +97,7 @@ class Manifest:
     description: str = ""
     parameters: Mapping[str, str] = field(default_factory=lambda: Empty)
     steps: tuple[Step, ...] = ()
+    gate: GateVerdict | None = None
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -143,13 +124,9 @@ class Manifest:
         if self.resources is not None:
             fields["resources"] = _slots_to_dict(self.resources)
         if self.lineage is not None:
-            fields["lineage"] = {
-                "parents": list(self.lineage.parents),
-                "operation": self.lineage.operation,
-                "code_digest": self.lineage.code_digest,
-                "data_digest": self.lineage.data_digest,
-                "parameters": dict(self.lineage.parameters),
-            }
+            fields["lineage"] = self.lineage.to_dict()
+        if self.gate is not None:
+            fields["gate"] = self.gate.to_dict()
         if self.steps:
             fields["ensemble"] = {"steps": [_step_to_dict(step) for step in self.steps]}
         return fields
@@ -157,7 +134,6 @@ class Manifest:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Return the manifest that `to_dict` gave."""
-        lineage = fields.get("lineage")
         return cls(
             runtime=fields["runtime"],
             format=fields["format"],
@@ -170,13 +146,12 @@ class Manifest:
             resources=Resources(**fields["resources"]) if "resources" in fields else None,
             # JSONB gives whole numbers back as integers.
             metrics={key: float(value) for key, value in fields["metrics"].items()},
-            lineage=Lineage(**{**lineage, "parents": tuple(lineage["parents"])})
-            if lineage is not None
-            else None,
+            lineage=Lineage.from_dict(fields["lineage"]) if "lineage" in fields else None,
             license=fields["license"],
             description=fields["description"],
             parameters=dict(fields["parameters"]),
             steps=tuple(Step(**step) for step in fields.get("ensemble", {"steps": ()})["steps"]),
+            gate=GateVerdict.from_dict(fields["gate"]) if "gate" in fields else None,
         )
 
 
@@ -215,8 +190,10 @@ def check_manifest(manifest: Manifest, *, allow_python_runtime: bool) -> None:
     _check_batching(manifest.batching or Batching())
     _check_resources(manifest.resources or Resources())
     check_metrics(manifest.metrics)
-    _check_texts("manifest.parameters", manifest.parameters)
-    _check_lineage(manifest.lineage or Lineage())
+    check_texts("manifest.parameters", manifest.parameters)
+    check_lineage(manifest.lineage or Lineage())
+    if manifest.gate is not None:
+        check_verdict(manifest.gate)
     _check_ensemble(manifest)
     check_text("manifest.license", manifest.license)
     check_text("manifest.description", manifest.description)
@@ -228,29 +205,10 @@ def check_metrics(metrics: Mapping[str, float]) -> None:
     Raises:
         InvalidArgument: They cannot.
     """
-    _check_keys("manifest.metrics", metrics)
+    check_keys("manifest.metrics", metrics)
     for key, value in metrics.items():
         if not math.isfinite(value):
             raise InvalidArgument(f"manifest.metrics[{key!r}] is {value}; metrics are finite numbers.")
-
-
-def check_text(name: str, text: str, *, longest: int = MAX_TEXT) -> None:
-    """Return if a text can be stored.
-
-    Raises:
-        InvalidArgument: It is too long, or has a NUL, which Postgres cannot store.
-    """
-    if len(text) > longest or "\x00" in text:
-        raise InvalidArgument(f"{name} is longer than {longest} characters, or has a NUL in it.")
-
-
-def check_labels(labels: Mapping[str, str]) -> None:
-    """Return if the labels can be stored and filtered by.
-
-    Raises:
-        InvalidArgument: They cannot.
-    """
-    _check_texts("labels", labels, longest=1024)
 
 
 def _check_signature(signature: Signature, batching: Batching) -> None:
@@ -336,39 +294,6 @@ def _check_resources(resources: Resources) -> None:
         if not 0 <= getattr(resources, name) <= LARGEST_AMOUNT:
             raise InvalidArgument(
                 f"manifest.resources.{name} is {getattr(resources, name)}; use 0 to {LARGEST_AMOUNT}."
-            )
-
-
-def _check_lineage(lineage: Lineage) -> None:
-    if len(lineage.parents) > MAX_PARENTS:
-        raise InvalidArgument(f"manifest.lineage.parents names more than {MAX_PARENTS} versions.")
-    if len(set(lineage.parents)) != len(lineage.parents):
-        raise InvalidArgument("manifest.lineage.parents names a version twice.")
-    for parent in lineage.parents:
-        parse_version(parent)
-    for name in ("operation", "code_digest", "data_digest"):
-        text = getattr(lineage, name)
-        if text and not _DIGEST_TEXT.fullmatch(text):
-            raise InvalidArgument(
-                f"manifest.lineage.{name} must be 1 to 256 printable characters, no spaces."
-            )
-    _check_texts("manifest.lineage.parameters", lineage.parameters)
-
-
-def _check_texts(where: str, texts: Mapping[str, str], *, longest: int = MAX_TEXT) -> None:
-    _check_keys(where, texts)
-    for key, value in texts.items():
-        check_text(f"{where}[{key!r}]", value, longest=longest)
-
-
-def _check_keys(where: str, keys: Iterable[str]) -> None:
-    for count, key in enumerate(keys, start=1):
-        if count > MAX_ENTRIES:
-            raise InvalidArgument(f"{where} has more than {MAX_ENTRIES} entries.")
-        if not _KEY.fullmatch(key):
-            raise InvalidArgument(
-                f"{where} has the key {key[:80]!r}; keys are 1 to 128 letters, digits and '_.-/@:%+', "
-                "a letter, digit or '_' first."
             )
 
 

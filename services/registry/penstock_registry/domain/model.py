@@ -8,7 +8,7 @@ from datetime import datetime
 
 from penstock_kit.errors import Aborted, Reason
 from penstock_kit.names import alias_name, model_name
-from penstock_registry.domain.manifest import Empty, check_labels, check_text
+from penstock_registry.domain.texts import Empty, check_labels, check_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,10 @@ def looks_like_pickle(head: bytes) -> bool:
     Args:
         head: The first bytes of the file, 64 KiB if it has as many.
     """
-    if head.startswith(_PROTOCOLS) or _TORCH_LEGACY in head[:64]:
+    if _TORCH_LEGACY in head[:64]:
         return True
+    if head.startswith(_PROTOCOLS):
+        return not _is_safetensors(head)
     if head.startswith(_NUMPY_MAGIC):
         return bool(_NUMPY_OBJECTS.search(head[:4096]))
     return _is_text_pickle(head)
@@ -55,6 +57,24 @@ def foreign_globals(pickle: bytes, allowed: Collection[str]) -> list[str]:
     if end != len(pickle) - 1:
         raise ValueError("bytes follow the end of the pickle")
     return found
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Return whether a head that begins like a pickle is one of safetensors, which no unpickler could read.
+
+    Such a file begins with the length of its header in eight bytes, the last of them 0, which is no opcode;
+    and with a length of 640 or 896, say, it begins like a pickle of protocol 2 or 3. Six bytes after the
+    protocol are too few to import and call anything before an unpickler stops at the 0.
+    """
+    if head[7:9] != b"\0{":
+        return False
+    try:
+        for _, _, position in pickletools.genops(io.BytesIO(head)):
+            if position is not None and position >= 8:
+                return False
+    except ValueError as error:
+        return "unknown" in str(error)
+    return False
 
 
 def _is_text_pickle(head: bytes) -> bool:

@@ -12,7 +12,8 @@ from penstock_kit.artifacts import canonical_manifest, tree_digest
 from penstock_kit.errors import FailedPrecondition, InvalidArgument, Reason
 from penstock_kit.names import version_name
 from penstock_registry.domain.files import BundleFile, check_announced
-from penstock_registry.domain.manifest import Empty, Manifest
+from penstock_registry.domain.manifest import Manifest
+from penstock_registry.domain.texts import Empty
 
 MAX_FILES = 10_000
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from penstock_kit.errors import Aborted, FailedPrecondition, Reason
-from penstock_registry.domain.manifest import check_text
 from penstock_registry.domain.model import Alias, AliasMove, Model
 from penstock_registry.domain.query import Query
+from penstock_registry.domain.texts import check_text
 from penstock_registry.domain.version import VersionState, require
 from penstock_registry.usecases.in_use import require_unused
 from penstock_registry.usecases.ports import Ports, Work

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from penstock_kit.errors import FailedPrecondition, NotFound, Reason
 from penstock_kit.names import check_alias, parse_number, parse_version
-from penstock_registry.domain.manifest import check_labels, check_manifest, check_metrics
+from penstock_registry.domain.manifest import check_manifest, check_metrics
 from penstock_registry.domain.model import check_etag
 from penstock_registry.domain.query import Query
+from penstock_registry.domain.texts import check_labels
 from penstock_registry.domain.version import Version, VersionState, advance, check_files
 from penstock_registry.usecases.files import arrived
 from penstock_registry.usecases.in_use import require_unused
