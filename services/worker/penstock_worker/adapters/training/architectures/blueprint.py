@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ class Blueprint:
         architecture: Its name in `penstock_kit.jobs.training.ARCHITECTURES`.
         parameters: All its parameters.
         outputs: Numbers that it gives for a row (or a token): classes, the vocabulary, or 1.
-        input_name: Name of its input.
-        input_shape: Of one row, without the batch axis; (-1,) for texts, whose input are token ids.
+        inputs: Names of what callers send and the shapes of one row of it, without the batch axis; (-1,) for
+            texts, which come as token ids.
         classes: Names of the classes, by index; empty for numbers and language models.
         vocabulary: Tokens that it knows; 0 where there are none.
         features: Names of the columns of a table's row, in order.
@@ -32,11 +33,17 @@ class Blueprint:
     architecture: str
     parameters: Mapping[str, Any]
     outputs: int
-    input_name: str = "x"
-    input_shape: tuple[int, ...] = ()
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
     classes: tuple[str, ...] = ()
     vocabulary: int = 0
     features: tuple[str, ...] = ()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of a row as the model takes it: several inputs are laid side by side."""
+        if len(self.inputs) == 1:
+            return self.inputs[0][1]
+        return (sum(math.prod(shape) for _, shape in self.inputs),)
 
     @property
     def of_tokens(self) -> bool:
@@ -64,9 +71,10 @@ class Blueprint:
         found = json.loads((directory / ARCHITECTURE_FILE).read_text())
         if not isinstance(found, dict) or found.pop("format", "") != _FORMAT:
             raise ValueError(f"{ARCHITECTURE_FILE} is not of the format {_FORMAT}")
-        for name in ("input_shape", "classes", "features"):
-            found[name] = tuple(found.get(name, ()))
         try:
+            found["inputs"] = tuple((str(name), tuple(shape)) for name, shape in found["inputs"])
+            for name in ("classes", "features"):
+                found[name] = tuple(found[name])
             return Blueprint(**found)
-        except TypeError as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{ARCHITECTURE_FILE}: {error}") from error

@@ -114,7 +114,7 @@ class MeanPixels(nn.Module):
 
 
 class Patches(nn.Module):
-    """Squares of pixels to tokens with places (Dosovitskiy et al. 2021); what is left at edges is not seen."""
+    """Squares of pixels to tokens with places (Dosovitskiy et al. 2021); what is left at edges is unseen."""
 
     def __init__(self, channels: int, height: int, width: int, patch: int, size: int) -> None:
         super().__init__()
