@@ -118,6 +118,7 @@ class FileJobContext:
         self._interval = checkpoint_seconds if checkpoint_seconds is not None else said or 30.0
         self._last_checkpoint = time.monotonic()
         self._stop = root / "stop"
+        self.allowed = False
 
     @property
     def job(self) -> job_pb2.Job:
@@ -142,6 +143,14 @@ class FileJobContext:
     @property
     def threads(self) -> int:
         return self._threads
+
+    @property
+    def allow_python_runtime(self) -> bool:
+        return self.allowed
+
+    @property
+    def allow_compiled_models(self) -> bool:
+        return self.allowed
 
     @property
     def scratch(self) -> Path:
@@ -229,6 +238,12 @@ class FileJobContext:
         name = self._publish(artifact, directory)
         self._write("artifacts.jsonl", {"name": name, "kind": kind, "format": format})
         return name
+
+    def record_profile(self, version: str, profile: version_pb2.DeviceProfile) -> None:
+        self._write("profiles.jsonl", {"version": version, "profile": json_format.MessageToDict(profile)})
+
+    def record_metrics(self, version: str, metrics: Mapping[str, float]) -> None:
+        self._write("recorded.jsonl", {"version": version, "metrics": dict(metrics)})
 
     def report(self, found: Mapping[str, Any]) -> None:
         if self._rank == 0:

@@ -48,7 +48,7 @@ def probe(
         total = int(psutil.virtual_memory().total)
         limit = groups.memory_bytes()
         memory_bytes = max(0, (min(total, limit) if limit else total) - memory_reserve_bytes)
-    processor = Device(CPU, gpu=False, model=_processor_name(root), memory_bytes=memory_bytes)
+    processor = Device(CPU, gpu=False, model=processor_name(root), memory_bytes=memory_bytes)
     size, free = _disk(disk) if disk is not None else (0, 0)
     return Capacity(cpu_millis, memory_bytes, (processor, *probe_gpus()), min(size, disk_limit_bytes), free)
 
@@ -231,7 +231,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _processor_name(root: Path) -> str:
+def processor_name(root: Path = Path("/")) -> str:
+    """Return the maker's name of the processor; empty if nobody can say."""
     for line in _read(root / "proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":

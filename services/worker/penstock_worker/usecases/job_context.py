@@ -98,6 +98,14 @@ class JobContext(Protocol):
         """Threads that this rank may compute with."""
 
     @property
+    def allow_python_runtime(self) -> bool:
+        """Whether the operator allows that code of bundles is run."""
+
+    @property
+    def allow_compiled_models(self) -> bool:
+        """Whether the operator allows compiled code in bundles."""
+
+    @property
     def scratch(self) -> Path:
         """A directory of this rank for what need not survive."""
 
@@ -173,6 +181,15 @@ class JobContext(Protocol):
         description: Mapping[str, Any] | None = None,
     ) -> str:
         """Upload a directory as an artifact and return its name (rank 0). It becomes READY likewise."""
+
+    def record_profile(self, version: str, profile: version_pb2.DeviceProfile) -> None:
+        """Store a profile on a version in place of the one of the same device; the rest stays (rank 0).
+
+        The context sets the job and the time.
+        """
+
+    def record_metrics(self, version: str, metrics: Mapping[str, float]) -> None:
+        """Store metrics in a version's manifest beside those of other names (rank 0)."""
 
     def report(self, found: Mapping[str, Any]) -> None:
         """Set what the job found (rank 0): numbers, words, lists and mappings of them.

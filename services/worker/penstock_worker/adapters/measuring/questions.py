@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 from penstock_kit.oip import Array, Signature
 from penstock_worker.adapters.data import OpenedDataset, Part
 from penstock_worker.adapters.measuring.rows import inputs_of
+from penstock_worker.adapters.training.architectures import Blueprint
+from penstock_worker.adapters.training.rows import TokenWindows
+from penstock_worker.adapters.training.texts import encode_padded, encode_stream, load_tokenizer
 
 
 class Questions(Protocol):
@@ -70,6 +74,61 @@ class PartQuestions:
         return inputs_of(self._signature, columns), found.targets.numpy()
 
 
-def questions_of(signature: Signature, dataset: OpenedDataset, part: Part) -> Questions:
-    """Return the rows of a part of a dataset as a version with this signature is asked them."""
+class TextQuestions:
+    """Texts as the token ids that a recipe's version takes, encoded with the tokenizer of its bundle.
+
+    Args:
+        dataset: The opened dataset.
+        part: Which of its parts.
+        signature: Of the version that is asked.
+        directory: The files of its bundle.
+
+    Raises:
+        JobFailure: UNSUPPORTED if the bundle has no tokenizer.
+    """
+
+    def __init__(self, dataset: OpenedDataset, part: Part, signature: Signature, directory: Path) -> None:
+        self.task = dataset.task
+        self.classes = tuple(dataset.classes)
+        self._part = part
+        self._signature = signature
+        self._tokenizer = load_tokenizer(directory)
+        self._length = int(Blueprint.load(directory).parameters["length"])
+        self._windows: TokenWindows | None = None
+        if self.task == "language_model":
+            tokens = encode_stream(self._tokenizer, part.all().texts)
+            self._windows = TokenWindows(tokens, self._length, torch.device("cpu"))
+
+    def __len__(self) -> int:
+        return len(self._part) if self._windows is None else len(self._windows)
+
+    def batch(self, indices: Array) -> tuple[dict[str, Array], Array]:
+        """Return rows by their numbers; for language models, windows of tokens and what follows each."""
+        chosen = torch.from_numpy(np.ascontiguousarray(indices))
+        if self._windows is not None:
+            tokens, targets = self._windows.batch(chosen)
+        else:
+            found = self._part.batch(chosen)
+            tokens, targets = encode_padded(self._tokenizer, found.texts, self._length), found.targets
+        return inputs_of(self._signature, {"tokens": tokens}), targets.numpy()
+
+
+def questions_of(
+    signature: Signature, dataset: OpenedDataset, part: Part, *, directory: Path | None = None
+) -> Questions:
+    """Return the rows of a part of a dataset as a version is asked them.
+
+    Args:
+        signature: Of the version.
+        dataset: The opened dataset.
+        part: Which of its parts.
+        directory: The files of the version's bundle, whose tokenizer encodes texts for a version that takes
+            numbers.
+
+    Raises:
+        JobFailure: UNSUPPORTED if texts must be encoded and nobody knows how.
+    """
+    takes_texts = any(spec.datatype == "BYTES" for spec in signature.inputs)
+    if directory is not None and dataset.task in ("text", "language_model") and not takes_texts:
+        return TextQuestions(dataset, part, signature, directory)
     return PartQuestions(dataset, part, signature)
