@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from penstock_scheduler.domain.autoscaling.settings import Autoscaling, Scale
 from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.machine import step, walk
+from penstock_scheduler.domain.project import DEFAULT_PROJECT
 from penstock_scheduler.domain.resources import MIB, NO_RESOURCES, Batching, Resources
 from penstock_scheduler.domain.version import VersionKey
 
@@ -147,6 +148,8 @@ class Deployment:
         rollout: the latest rollout, ended or not; None if there was none.
         at_once: what is asked for now is to be served as soon as it is ready, whatever the policy says.
         uid: number that no other deployment ever has, also none of the same name; 0 before it is stored.
+        project: id of the project whose quota its replicas count against; no part of the spec, as another one
+            replaces nothing.
     """
 
     name: str
@@ -167,6 +170,7 @@ class Deployment:
     rollout: Rollout | None = None
     at_once: bool = False
     uid: int = 0
+    project: str = DEFAULT_PROJECT
 
     @property
     def etag(self) -> str:

@@ -85,6 +85,7 @@ class Replica:
         restarts: times its process ended by itself.
         pid: process id on its node.
         constraints: the nodes that it may run on.
+        surge: it succeeds another, and is beyond the quota of their project until that has ended.
         create_time: when it was made.
         update_time: when its state last changed.
     """
@@ -104,6 +105,7 @@ class Replica:
     restarts: int = 0
     pid: int = 0
     constraints: Constraints = NO_CONSTRAINTS
+    surge: bool = False
 
     @property
     def version(self) -> VersionKey:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
@@ -42,6 +42,11 @@ class Usage:
     def give_back(self, resources: Resources, devices: Iterable[str], digest: str = "") -> None:
         """Takes a part of the node back."""
         self._change(resources, devices, digest, -1)
+
+    def copy(self) -> Usage:
+        """The same, to try something out on."""
+        gpus = {name: replace(use) for name, use in self.gpus.items()}
+        return replace(self, gpus=gpus, bundles=dict(self.bundles))
 
     def has_bundle(self, digest: str, disk_bytes: int) -> bool:
         """Whether the disk for a bundle is given out already, to replicas that share it."""

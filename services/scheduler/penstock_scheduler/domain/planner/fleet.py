@@ -96,9 +96,26 @@ class Fleet:
         self._fit(need).rows[row] = False
         return None
 
-    def take(self, place: Placement, need: Need) -> None:
-        """Gives a place to a replica."""
-        place.usage.take(need.resources, place.devices, need.digest)
+    def slots(self, need: Need) -> Numbers:
+        """How many tasks of a need each node may have room for together, by row; never fewer than it has."""
+        resources = need.resources
+        slots: Numbers = np.full(len(self.usages), MOST, np.int64)
+        if resources.cpu_millis:
+            slots = np.minimum(slots, self.free_cpu // resources.cpu_millis)
+        if resources.memory_bytes:
+            slots = np.minimum(slots, self.free_memory // resources.memory_bytes)
+        if resources.exclusive:
+            slots = np.minimum(slots, self.untouched // resources.gpus)
+        elif resources.gpus:
+            share = self._share(slice(None), resources)
+            each = np.where(self.gpu_shared, self.gpu_free // np.maximum(share, 1), 0)
+            before = np.concatenate([np.zeros(1, np.int64), np.cumsum(each)])
+            slots = np.minimum(slots, (before[self.edges[1:]] - before[self.edges[:-1]]) // resources.gpus)
+        return np.where(self._fit(need).rows, np.maximum(slots, 0), 0)
+
+    def take(self, place: Placement, need: Need, digest: str = "") -> None:
+        """Gives a place to a replica, or to a task whose files nobody shares (`digest`)."""
+        place.usage.take(need.resources, place.devices, digest or need.digest)
         row = self.row_of[place.usage.node.name]
         self._look(row)
         self._changes.append(row)

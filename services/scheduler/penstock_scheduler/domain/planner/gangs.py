@@ -1,15 +1,28 @@
-"""Which waiting jobs start now, and where: all tasks of a job find a place, or none does."""
+"""Which waiting jobs start now, and where: all tasks of a job find a place, or none does.
+
+Jobs come in turn: among projects the one with the least of its share, within a project the highest priority,
+then the oldest. The first that finds no room has room kept for it, on the nodes where least is in the way: those
+behind it may start elsewhere, or there beside it, but not where they would delay it; so a large gang waits for
+what runs already and for nothing else. Likewise the first of each project that finds no room in the quota.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from penstock_scheduler.domain.job import Gang, Job
-from penstock_scheduler.domain.planner import rank
-from penstock_scheduler.domain.planner.feasible import Need, Placement, Usage, check
-from penstock_scheduler.domain.planner.fleet import Fleet
+from penstock_scheduler.domain.planner.accounts import Accounts
+from penstock_scheduler.domain.planner.feasible import Need, Placement, Rejection, Usage, check
+from penstock_scheduler.domain.planner.fleet import Fleet, Numbers
+from penstock_scheduler.domain.planner.room import Future
+from penstock_scheduler.domain.planner.turns import in_turn
+
+MADE_ROOM = "It made room: "
+"""How the message of a job begins that gave its place to a replica; kept while it waits for another."""
+_AND_WAITS = " It waits: "
 
 
 @dataclass(slots=True)
@@ -25,58 +38,243 @@ class Seating:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Kept:
+    """Room that is kept for a job: its nodes as they will be without any job but that one."""
+
+    job: str
+    usages: dict[str, Usage]
+
+    def take(self, node: str, need: Need, digest: str) -> None:
+        """Counts a task of another job that was placed beside it."""
+        usage = self.usages.get(node)
+        place = check(usage, need) if usage is not None else None
+        if usage is not None and isinstance(place, Placement):
+            usage.take(need.resources, place.devices, digest)
+
+
 def need_of(gang: Gang) -> Need:
     """All that decides where a task of a gang could run."""
     # Each task has files of its own: a digest that no bundle has.
     return Need(gang.runtime, gang.resources, gang.constraints)
 
 
-def room_for(usages: Sequence[Usage], need: Need, most: int) -> int:
+def room_for(usages: Iterable[Usage], need: Need, most: int) -> int:
     """How many of `most` tasks would fit together, if nothing else came."""
     found = 0
     for usage in usages:
-        room = _copy(usage)
-        while found < most:
-            place = check(room, need)
-            if not isinstance(place, Placement):
-                break
-            room.take(need.resources, place.devices, f"task {found}")
-            found += 1
+        if found >= most:
+            break
+        found += len(_fill([usage.copy()], need, most - found))
     return found
 
 
-def place(fleet: Fleet, waiting: Sequence[Job]) -> Seating:
+def place(fleet: Fleet, waiting: Sequence[Job], accounts: Accounts, future: Future) -> Seating:
     """Finds places for jobs that wait, each gang whole or not at all.
 
     Args:
         fleet: the nodes, once all replicas that fit have their places.
         waiting: jobs that are QUEUED and whose turn has come.
+        accounts: what projects hold; places are counted there.
+        future: what is promised to replicas; places are counted there, too.
     """
-    seating = Seating()
-    for job in sorted(waiting, key=lambda job: (-job.priority, job.create_time, job.id)):
+    seats = _Seats(fleet, accounts, future)
+    for job in in_turn(waiting, lambda job: job.project, _order, accounts.share):
+        seats.try_to_seat(job)
+    return seats.seating()
+
+
+def _order(job: Job) -> tuple[object, ...]:
+    return (-job.priority, job.create_time, job.id)
+
+
+class _Seats:
+    """The work of `place`."""
+
+    def __init__(self, fleet: Fleet, accounts: Accounts, future: Future) -> None:
+        self._fleet = fleet
+        self._accounts = accounts
+        self._future = future
+        self._kept: _Kept | None = None
+        self._places: dict[str, tuple[Placement, ...]] = {}
+        self._left: list[tuple[Job, bool]] = []
+        self._quota_kept: set[str] = set()
+
+    def try_to_seat(self, job: Job) -> None:
+        """Gives a job its places, or keeps room for it if it is the first that finds none."""
         need = need_of(job.gang)
-        usages = [fleet.usages[row] for row in fleet.rows(need)]
-        count = room_for(usages, need, job.gang.tasks)
-        if count < job.fewest:
-            nearest = fleet.closest(need)
-            lacks = "" if nearest is None else f" The closest, nodes/{nearest.node}, lacks {nearest.lacks}."
-            seating.reasons[job.id] = (
-                f"There is room for {count} of its {job.gang.tasks} tasks.{lacks}"
-                if fleet.usages
-                else "No node is attached; start a worker."
-            )
-            continue
-        places = []
-        for index in range(count):
-            own = replace(need, digest=job.digest_of(index)) if need.resources.disk_bytes else need
-            found = rank.select(fleet, own, {})
-            if found is None:
+        least = self._accounts.least_charge(job.gang.resources)
+        most = self._accounts.count(job.project, least, job.gang.tasks)
+        if most < job.fewest:
+            self._left.append((job, True))
+            if job.project not in self._quota_kept:
+                self._quota_kept.add(job.project)
+                self._accounts.reserve(job.project, least.times(job.fewest))
+            return
+        seats = self._seats(need, most, job.fewest)
+        if len(seats) < job.fewest:
+            self._left.append((job, False))
+            if self._kept is None:
+                self._kept = self._keep(job, need)
+            return
+        charges = [self._accounts.charge_at(job.gang.resources, seat) for seat in seats]
+        total = charges[0]
+        for each in charges[1:]:
+            total = total.plus(each)
+        if not self._accounts.may_hold(job.project, total):
+            # Of the GPUs that are free it would take a larger part than of the largest.
+            self._left.append((job, True))
+            return
+        self._accounts.hold(job.project, total)
+        for number, seat in enumerate(seats, job.tasks_made):
+            digest = f"jobs/{job.id}/tasks/{number}"
+            node = seat.usage.node.name
+            self._fleet.take(seat, need, digest)
+            self._future.take(node, need, digest)
+            if self._kept is not None:
+                self._kept.take(node, need, digest)
+        self._places[job.id] = tuple(seats)
+
+    def seating(self) -> Seating:
+        """The result; reasons are found once all have their places, so that the next plan finds the same."""
+        return Seating(self._places, {job.id: _told(job, self._why(job, quota)) for job, quota in self._left})
+
+    def _why(self, job: Job, quota: bool) -> str:
+        if quota:
+            least = self._accounts.least_charge(job.gang.resources)
+            return self._accounts.why_not(job.project, least.times(job.fewest))
+        if not self._fleet.usages:
+            return "No node is attached; start a worker."
+        need = need_of(job.gang)
+        usages = (self._fleet.usages[row] for row in self._fleet.rows(need))
+        count = room_for(usages, need, job.fewest)
+        if count >= job.fewest:
+            first = f"jobs/{self._kept.job}" if self._kept is not None else "replicas"
+            return f"The room that is free is kept for {first}: first come, first served."
+        words = f"There is room for {count} of its {job.gang.tasks} tasks."
+        nearest = None if count else self._fleet.closest(need)
+        return words + (f" The closest, nodes/{nearest.node}, lacks {nearest.lacks}." if nearest else "")
+
+    # -- places -----------------------------------------------------------------------------------
+
+    def _limits(self, node: str) -> list[Usage]:
+        """The node as others have a claim to it."""
+        views: list[Mapping[str, Usage]] = [self._future.usages()]
+        if self._kept is not None:
+            views.append(self._kept.usages)
+        return [view[node] for view in views if node in view]
+
+    def _slots(self, need: Need, most: int) -> Numbers:
+        slots = np.minimum(self._fleet.slots(need), most)
+        limited = set(self._future.usages())
+        if self._kept is not None:
+            limited.update(self._kept.usages)
+        for node in limited:
+            row = self._fleet.row_of[node]
+            if slots[row]:
+                slots[row] = min(int(slots[row]), *(room_for([u], need, most) for u in self._limits(node)))
+        return slots
+
+    def _seats(self, need: Need, most: int, fewest: int) -> list[Placement]:
+        """Places for `most` tasks, or for as many as there are; fewer than `fewest` are of no use.
+
+        On as few nodes as can be; tasks that need no GPU stay away from nodes that have some, if they can.
+        """
+        slots = self._slots(need, most)
+        if int(slots.sum()) < fewest:
+            return []
+        if not need.resources.gpus:
+            plain = np.where(self._fleet.gpu_count == 0, slots, 0)
+            if int(plain.sum()) >= most:
+                found = self._pack(need, most, plain)
+                if len(found) == most:
+                    return found
+        return self._pack(need, most, slots)
+
+    def _pack(self, need: Need, most: int, slots: Numbers) -> list[Placement]:
+        """Fills nodes one after the other: the one that has just enough, else the one that takes most."""
+        found: list[Placement] = []
+        slots = slots.copy()
+        while len(found) < most and slots.any():
+            row = self._next_row(slots, most - len(found), need)
+            usage = self._fleet.usages[row]
+            tries = [usage.copy(), *(limit.copy() for limit in self._limits(usage.node.name))]
+            devices = _fill(tries, need, most - len(found))
+            found += [Placement(usage, each) for each in devices]
+            slots[row] = 0
+        return found
+
+    def _next_row(self, slots: Numbers, wanted: int, need: Need) -> int:
+        enough = np.flatnonzero(slots >= wanted)
+        if not len(enough):
+            enough = np.flatnonzero(slots == slots.max())
+        # Of those that have enough the fullest, so that what is empty stays whole.
+        free = (self._fleet.free_gpu_memory if need.resources.gpus else self._fleet.free_memory)[enough]
+        keys = np.lexsort((enough, free, slots[enough]))
+        return int(enough[keys[0]])
+
+    # -- keeping room -----------------------------------------------------------------------------
+
+    def _keep(self, job: Job, need: Need) -> _Kept | None:
+        """Keeps room for a job on the nodes where least is in the way; None if there will never be enough."""
+        with_jobs = set(self._future.nodes_with_jobs())
+        slots = self._slots(need, job.fewest)
+        now = {self._fleet.usages[row].node.name: int(slots[row]) for row in np.flatnonzero(slots)}
+        later: list[tuple[float, str, int]] = []
+        empty: dict[str, Usage] = {}
+        for node in sorted(with_jobs | set(self._future.usages())):
+            empty[node] = self._future.without_jobs(node)
+            count = room_for([empty[node]], need, job.fewest) - now.get(node, 0)
+            if count > 0:
+                verdict = check(self._fleet.usages[self._fleet.row_of[node]], need)
+                later.append((verdict.missing if isinstance(verdict, Rejection) else 0.0, node, count))
+        wanted = job.fewest
+        if sum(now.values()) + sum(count for _, _, count in later) < wanted:
+            return None
+        taken: dict[str, int] = {}
+        offers = [*sorted(((-count, node) for node, count in now.items()))]
+        for minus, node in offers:
+            taken[node] = min(-minus, wanted)
+            wanted -= taken[node]
+            if not wanted:
                 break
-            fleet.take(found, own)
-            places.append(found)
-        seating.places[job.id] = tuple(places)
-    return seating
+        for _, node, count in sorted(later) if wanted else ():
+            part = min(count, wanted)
+            taken[node] = taken.get(node, 0) + part
+            wanted -= part
+            if not wanted:
+                break
+        usages = {}
+        for node, count in taken.items():
+            usage = empty[node] if node in empty else self._fleet.usages[self._fleet.row_of[node]].copy()
+            _fill([usage], need, count, "kept")
+            usages[node] = usage
+        return _Kept(job.id, usages)
 
 
-def _copy(usage: Usage) -> Usage:
-    return replace(usage, gpus=copy.deepcopy(usage.gpus), bundles=dict(usage.bundles))
+def _fill(usages: Sequence[Usage], need: Need, most: int, files: str = "task") -> list[tuple[str, ...]]:
+    """Places up to `most` tasks in all of these views of one node; the devices of each in the first of them.
+
+    Args:
+        usages: the views.
+        need: what a task needs.
+        most: how many.
+        files: names their files, whose disk they share with nobody.
+    """
+    found: list[tuple[str, ...]] = []
+    while len(found) < most:
+        places = [check(usage, need) for usage in usages]
+        fitting = [each for each in places if isinstance(each, Placement)]
+        if len(fitting) < len(places):
+            break
+        for each in fitting:
+            each.usage.take(need.resources, each.devices, f"{files} {len(found)}")
+        found.append(fitting[0].devices)
+    return found
+
+
+def _told(job: Job, why: str) -> str:
+    """Why it waits; of one that gave its place to a replica, whose, too."""
+    if not job.message.startswith(MADE_ROOM):
+        return why
+    return f"{job.message.split(_AND_WAITS)[0]}{_AND_WAITS}{why}"

@@ -11,12 +11,13 @@ from datetime import datetime, timedelta
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
 from penstock_scheduler.domain.job import Job, Task, TaskState
 from penstock_scheduler.domain.node import Node, NodeState
-from penstock_scheduler.domain.planner import drains, gangs, judge, rank
+from penstock_scheduler.domain.planner import drains, judge
 from penstock_scheduler.domain.planner.ensembles import Obstacles, obstacles
-from penstock_scheduler.domain.planner.feasible import Need, Rejection, Usage, usage_of
+from penstock_scheduler.domain.planner.feasible import Need, Placement, Usage, usage_of
 from penstock_scheduler.domain.planner.fleet import Fleet
 from penstock_scheduler.domain.planner.jobs import DEFAULT_JOB_POLICY, JobDraft, JobPolicy
 from penstock_scheduler.domain.planner.measure import measured
+from penstock_scheduler.domain.planner.placing import Placer, Scene
 from penstock_scheduler.domain.planner.snapshot import Group, Snapshot, groups_of
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
 from penstock_scheduler.domain.resources import DEFAULTS, Defaults
@@ -239,41 +240,35 @@ class _Draft:
     def place(self) -> None:
         """Finds nodes for replicas that have none, then for jobs, or says why there are none."""
         waiting = [r for r in self._replicas.values() if r.state is ReplicaState.PENDING]
-        jobs = self._jobs.waiting()
-        if not waiting and not jobs:
+        surging = any(r.surge for r in self._replicas.values())
+        if not waiting and not surging and not self._jobs.waiting():
             return
-        fleet = Fleet(self._usage(node) for node in self._nodes.values())
-        if waiting:
-            self._place_replicas(fleet, waiting)
-        if jobs:
-            seating = gangs.place(fleet, jobs)
-            for job, places in seating.places.items():
-                self._jobs.seat(job, places)
+        placer = Placer(
+            Scene(
+                self._nodes,
+                self._deployments,
+                self._replicas,
+                self._snapshot.replicas,
+                self._asked,
+                self._jobs,
+                self._snapshot.projects,
+                self._need,
+            ),
+            Fleet(self._usage(node) for node in self._nodes.values()),
+        )
+        places = placer.replicas(waiting)
+        for id_ in places.settled:
+            self._replicas[id_] = replace(self._replicas[id_], surge=False)
+        for id_, (place, surge) in places.found.items():
+            self._put(self._replicas[id_], place, surge)
+        for id_, why in places.reasons.items():
+            if self._replicas[id_].message != why:
+                self._replicas[id_] = replace(self._replicas[id_], message=why)
+        if self._jobs.jobs:
+            seating = placer.jobs()
+            for job, seats in seating.places.items():
+                self._jobs.seat(job, seats)
             self._jobs.explain(seating.reasons)
-
-    def _place_replicas(self, fleet: Fleet, waiting: list[Replica]) -> None:
-        fleet.cache(replica.digest for replica in waiting)
-        neighbours = {
-            name: Counter(r.node for r in self._replicas_of(name) if r.placed and r.wanted)
-            for name in {replica.deployment for replica in waiting}
-        }
-        left_over: list[tuple[Replica, Need]] = []
-        for replica in sorted(waiting, key=rank.turn):
-            need = self._need(replica)
-            place = rank.select(fleet, need, neighbours[replica.deployment])
-            if place is None:
-                left_over.append((replica, need))
-                continue
-            fleet.take(place, need)
-            node = place.usage.node.name
-            self._put(replica, node, place.devices)
-            neighbours[replica.deployment][node] += 1
-        # Once all have their places, so that the next plan finds the same words.
-        needs = dict.fromkeys(need for _, need in left_over)
-        reasons = {need: why_pending(fleet.closest(need)) for need in needs}
-        for replica, need in left_over:
-            if replica.message != reasons[need]:
-                self._replicas[replica.id] = replace(replica, message=reasons[need])
 
     def follow_drains(self) -> None:
         """Says of every node that is being drained what still keeps replicas there."""
@@ -403,8 +398,9 @@ class _Draft:
         runtime = self._snapshot.versions[replica.version].runtime
         return Need(runtime, replica.resources, replica.constraints, replica.digest)
 
-    def _put(self, replica: Replica, node: str, devices: tuple[str, ...]) -> None:
-        placed = replace(replica, node=node, devices=devices)
+    def _put(self, replica: Replica, place: Placement, surge: bool) -> None:
+        node = place.usage.node.name
+        placed = replace(replica, node=node, devices=place.devices, surge=surge)
         self._replicas[replica.id] = placed.advance(ReplicaState.STARTING, self._now)
         self._on[node].append(replica.id)
 
@@ -436,10 +432,3 @@ _EXPENDABLE = {
     ReplicaState.READY: 0,
 }
 """Which replicas go first when there are too many."""
-
-
-def why_pending(nearest: Rejection | None) -> str:
-    """Says why a replica waits, for people."""
-    if nearest is None:
-        return "No node is attached; start a worker."
-    return f"No node has room for it. The closest, nodes/{nearest.node}, lacks {nearest.lacks}."

@@ -10,6 +10,7 @@ from penstock_scheduler.domain.constraints import NO_CONSTRAINTS, Constraints
 from penstock_scheduler.domain.deployment import Deployment, Spec
 from penstock_scheduler.domain.job import Job, RegistryWord, Task
 from penstock_scheduler.domain.node import Node, Report
+from penstock_scheduler.domain.project import Project
 from penstock_scheduler.domain.replica import GroupKey, Replica
 from penstock_scheduler.domain.resources import Batching, Defaults, Resources, spec_digest
 from penstock_scheduler.domain.version import Version, VersionKey
@@ -31,6 +32,7 @@ class Snapshot:
         jobs: by id, those that have not ended, or of which something is to be deleted.
         tasks: by id, those of jobs; STOPPED ones may be left out.
         registry: what the registry said about results, by job.
+        projects: by name.
     """
 
     now: datetime
@@ -44,6 +46,7 @@ class Snapshot:
     jobs: Mapping[str, Job] = field(default_factory=dict)
     tasks: Mapping[str, Task] = field(default_factory=dict)
     registry: Mapping[str, RegistryWord] = field(default_factory=dict)
+    projects: Mapping[str, Project] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
