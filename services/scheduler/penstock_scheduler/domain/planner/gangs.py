@@ -1,9 +1,9 @@
 """Which waiting jobs start now, and where: all tasks of a job find a place, or none does.
 
 Jobs come in turn: among projects the one with the least of its share, within a project the highest priority,
-then the oldest. The first that finds no room has room kept for it, on the nodes where least is in the way: those
-behind it may start elsewhere, or there beside it, but not where they would delay it; so a large gang waits for
-what runs already and for nothing else. Likewise the first of each project that finds no room in the quota.
+then the oldest. The first that finds no room has room kept for it, on the nodes where least is in the way:
+those behind it may start elsewhere, or there beside it, but not where they would delay it; a large gang waits
+for what runs already and for nothing else. Likewise the first of each project that finds no room in the quota.
 """
 
 from __future__ import annotations

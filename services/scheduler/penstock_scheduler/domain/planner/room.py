@@ -2,8 +2,7 @@
 
 A replica that finds no room takes what is about to be free (replicas that drain, tasks that end). If that is
 not enough, jobs of one node make room: those of the lowest priority first, of these the youngest, and no more
-than it takes. What is promised is kept from jobs that wait, so that none is placed where a replica is about to
-be.
+than it takes. What is promised is kept from jobs that wait: none is placed where a replica is about to be.
 """
 
 from __future__ import annotations
