@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -76,11 +76,12 @@ class Regression:
     row_weight: float | None = 1.0
 
     def __init__(self, name: str, scale: float = 1.0) -> None:
-        self._distance = {
+        distances: Mapping[str, Callable[..., Tensor]] = {
             "mse": functional.mse_loss,
             "mae": functional.l1_loss,
             "huber": functional.huber_loss,
-        }[name]
+        }
+        self._distance = distances[name]
         self._scale = scale
 
     def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -90,10 +91,9 @@ class Regression:
             outputs: [B, 1].
             targets: float32 [B].
         """
-        loss: Tensor = self._distance(
+        return self._distance(
             outputs.squeeze(1).float() / self._scale, targets / self._scale, reduction="sum"
         )
-        return loss
 
     def weight(self, targets: Tensor) -> Tensor:
         """Return the number of rows."""
@@ -116,6 +116,6 @@ def balanced_weights(targets: Tensor, classes: int) -> Tensor:
     return torch.where(counts > 0, len(targets) / (classes * counts.clamp(min=1)), torch.ones(classes))
 
 
-def named_weights(weights: dict[str, float], classes: Sequence[str]) -> Tensor:
+def named_weights(weights: Mapping[str, float], classes: Sequence[str]) -> Tensor:
     """Return the weights of classes by their index; those not named weigh 1; float32 [C]."""
     return torch.tensor([float(weights.get(name, 1.0)) for name in classes])

@@ -29,7 +29,7 @@ def rebuild(directory: Path) -> Chain:
         blueprint = Blueprint.load(directory)
         # Fresh weights are drawn and replaced: the job's random numbers shall not notice.
         with torch.random.fork_rng(devices=[]):
-            model = build_model(blueprint)
+            model: Chain = build_model(blueprint)
         model.load_state_dict(load_file(directory / WEIGHTS_FILE))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise JobFailure(
@@ -37,4 +37,5 @@ def rebuild(directory: Path) -> Chain:
             f"made can, as they have {WEIGHTS_FILE} and architecture.json.",
             "UNSUPPORTED",
         ) from error
-    return model.eval()
+    model.eval()
+    return model

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
+
+from penstock_worker.adapters.data import Part
 
 
 class Rows(Protocol):
@@ -48,6 +51,39 @@ class TensorRows:
         """Gather rows."""
         indices = indices.to(self._device, non_blocking=True)
         return self.inputs.index_select(0, indices), self.targets.index_select(0, indices)
+
+
+class PartRows:
+    """Rows of a dataset that would be too large as ready tensors: made batch by batch.
+
+    Args:
+        part: Of a dataset.
+        inputs: Names and shapes, in the model's order.
+        device: Where batches go.
+    """
+
+    def __init__(
+        self, part: Part, inputs: Sequence[tuple[str, tuple[int, ...]]], device: torch.device
+    ) -> None:
+        self._part, self._inputs, self._device = part, tuple(inputs), device
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make rows."""
+        found = self._part.batch(indices.cpu())
+        inputs = model_inputs(found.inputs, self._inputs)
+        return inputs.to(self._device), found.targets.to(self._device)
+
+
+def model_inputs(
+    found: Mapping[str, torch.Tensor], inputs: Sequence[tuple[str, tuple[int, ...]]]
+) -> torch.Tensor:
+    """Return a dataset's inputs as the one tensor that a model takes: several are laid side by side."""
+    if len(inputs) == 1:
+        return found[inputs[0][0]]
+    return torch.cat([found[name].flatten(1) for name, _ in inputs], dim=1)
 
 
 class TokenWindows:

@@ -53,13 +53,14 @@ class Schedule:
             case "linear":
                 return 1 - (1 - float(parameters["final"])) * self._progress(step)
             case "step":
-                return float(parameters["gamma"]) ** (step // self._per_epoch // parameters["step_size"])
+                drops = step // self._per_epoch // int(parameters["step_size"])
+                return float(float(parameters["gamma"]) ** drops)
             case "exponential":
-                return float(parameters["gamma"]) ** (step // self._per_epoch)
+                return float(float(parameters["gamma"]) ** (step // self._per_epoch))
             case "one_cycle":
                 return self._one_cycle(step)
             case "plateau":
-                return float(parameters["factor"]) ** self._drops
+                return float(float(parameters["factor"]) ** self._drops)
             case _:
                 return 1.0
 
