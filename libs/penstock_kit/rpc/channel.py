@@ -75,6 +75,9 @@ def _open(
             ("grpc.max_send_message_length", max_message_bytes),
             ("grpc.keepalive_time_ms", KEEPALIVE_MILLISECONDS),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
+            # What ends a connection whose peer answers no ping: grpc 1.85 waits a minute without it, whatever
+            # the time-out of keepalive.
+            ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MILLISECONDS),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
             # A service that restarts is found again quickly.

@@ -44,6 +44,7 @@ class RpcServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
                 ("grpc.keepalive_time_ms", 10_000),
                 ("grpc.keepalive_timeout_ms", 5_000),
+                ("grpc.http2.ping_timeout_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 # Another process on the same port would take half the calls unseen.
                 ("grpc.so_reuseport", 0),
