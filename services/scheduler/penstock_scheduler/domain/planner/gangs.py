@@ -3,7 +3,7 @@
 Jobs come in turn: among projects the one with the least of its share, within a project the highest priority,
 then the oldest. The first that finds no room has room kept for it, on the nodes where least is in the way:
 those behind it may start elsewhere, or there beside it, but not where they would delay it; a large gang waits
-for what runs already and for nothing else. Likewise the first of each project that finds no room in the quota.
+for what runs already and for nothing else. Likewise the first of each project whose quota has none.
 """
 
 from __future__ import annotations
