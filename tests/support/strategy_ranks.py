@@ -25,10 +25,11 @@ from google.protobuf import json_format
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.nn import functional
 
 from penstock.scheduler.v1 import job_pb2, job_work_pb2
+from penstock_worker.adapters.training.architectures import Blueprint, build_model
 from penstock_worker.adapters.training.chain import Chain
+from penstock_worker.adapters.training.objective import CrossEntropy
 from penstock_worker.adapters.training.rows import TensorRows
 from penstock_worker.adapters.training.strategies import Parts, Strategy, open_strategy
 from penstock_worker.usecases.job_context import JobFailure
@@ -54,6 +55,9 @@ class Case:
         load: A checkpoint that it begins with.
         precision: What is computed in.
         rows: Of digits, to train on.
+        micro: Rows that are computed at once.
+        slow: Seconds that each step takes longer in one rank.
+        slow_rank: Which.
     """
 
     strategy: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +72,9 @@ class Case:
     load: str = ""
     precision: str = "fp32"
     rows: int = 1400
+    micro: int = 0
+    slow: float = 0.0
+    slow_rank: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ class Result:
         losses: What the votes said, in order.
         failure: Words and cause, if the job cannot be done.
         seconds: What the steps took.
-        facts: What else a strategy's ranks say of themselves.
+        notes: What the strategy says.
+        lead: Steps that one worker was ahead of another; the most that any rank saw.
     """
 
     weights: dict[str, Tensor]
@@ -90,50 +98,72 @@ class Result:
     losses: Sequence[float] = ()
     failure: tuple[str, str] | None = None
     seconds: float = math.nan
-    facts: Sequence[dict[str, Any]] = ()
+    notes: Sequence[str] = ()
+    lead: int = 0
 
 
-class CrossEntropy:
-    """Cross entropy of classes, or of the next token at each place."""
+_BLUEPRINTS = {
+    "mlp": Blueprint(
+        "tabular", "mlp", {"hidden": (96, 64, 48), "activation": "gelu", "dropout": 0.0}, 10, (("x", (64,)),)
+    ),
+    "cnn": Blueprint(
+        "image", "cnn", {"channels": (8, 16), "hidden": 32, "dropout": 0.0}, 10, (("x", (8, 8)),)
+    ),
+    "vit": Blueprint(
+        "image",
+        "vit",
+        {"patch": 2, "width": 32, "heads": 4, "layers": 2, "dropout": 0.0},
+        10,
+        (("x", (8, 8)),),
+    ),
+    # The pixels of a digit as a text of 64 letters.
+    "transformer": Blueprint(
+        "text",
+        "transformer",
+        {"width": 32, "heads": 4, "layers": 2, "length": 64, "dropout": 0.0},
+        10,
+        (("x", (-1,)),),
+        vocabulary=18,
+    ),
+    "gpt": Blueprint(
+        "language_model",
+        "gpt",
+        {"width": 32, "heads": 4, "layers": 2, "length": 63, "dropout": 0.0},
+        20,
+        (("x", (-1,)),),
+        vocabulary=20,
+    ),
+}
+MODELS = tuple(_BLUEPRINTS)
 
-    def __init__(self, class_weights: Tensor | None, per_row: float) -> None:
-        self._weights = class_weights
-        self._per_row = per_row
 
-    @property
-    def row_weight(self) -> float | None:
-        return self._per_row if self._weights is None else None
+class SlowRows:
+    """Rows that one rank must wait for, as if it computed more slowly."""
 
-    def loss_sum(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        flat = outputs.float().reshape(-1, outputs.shape[-1])
-        return functional.cross_entropy(flat, targets.reshape(-1), weight=self._weights, reduction="sum")
+    def __init__(self, rows: TensorRows, seconds: float) -> None:
+        self._rows, self._seconds = rows, seconds
 
-    def weight(self, targets: Tensor) -> Tensor:
-        if self._weights is None:
-            return torch.tensor(float(targets.numel()))
-        return self._weights[targets].sum()
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        time.sleep(self._seconds)
+        return self._rows.batch(indices)
 
 
-def mlp() -> Chain:
-    return Chain(
-        [
-            nn.Sequential(nn.Linear(64, 96), nn.GELU()),
-            nn.Sequential(nn.Linear(96, 64), nn.GELU()),
-            nn.Sequential(nn.Linear(64, 48), nn.GELU()),
-            nn.Linear(48, 10),
-        ]
-    )
-
-
-MODELS = {"mlp": mlp}
-
-
-def digits(rows: int) -> tuple[TensorRows, TensorRows]:
-    """Digits to train on, and those held out."""
+def digits(model: str, rows: int) -> tuple[TensorRows, TensorRows]:
+    """Digits to train on, and those held out, as a model takes them."""
     inputs, targets = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(targets))
     x = torch.tensor(inputs[order] / 16.0, dtype=torch.float32)
     y = torch.tensor(targets[order], dtype=torch.int64)
+    if model in {"cnn", "vit"}:
+        x = x.view(-1, 8, 8)
+    elif model in {"transformer", "gpt"}:
+        # Letter 0 fills up: darkest pixels are none.
+        x = (x * 16).round().to(torch.int64)
+        if model == "gpt":
+            x, y = x[:, :-1], x[:, 1:]
     return TensorRows(x[:rows], y[:rows], CPU), TensorRows(x[1400:], y[1400:], CPU)
 
 
@@ -148,13 +178,17 @@ def batches(rows: int, batch_size: int, start: int) -> Iterator[Tensor]:
         step += 1
 
 
-def parts_of(case: Case) -> tuple[Parts, TensorRows]:
-    train, held_out = digits(case.rows)
+def parts_of(case: Case, rank: int) -> tuple[Parts, TensorRows]:
+    rows: TensorRows | SlowRows
+    rows, held_out = digits(case.model, case.rows)
 
-    def build_model() -> Chain:
+    if case.slow and rank == case.slow_rank:
+        rows = SlowRows(rows, case.slow)
+
+    def build() -> Chain:
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            return MODELS[case.model]()
+            return build_model(_BLUEPRINTS[case.model])
 
     def build_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         kind = getattr(torch.optim, case.optimizer)
@@ -163,20 +197,21 @@ def parts_of(case: Case) -> tuple[Parts, TensorRows]:
 
     weights = torch.linspace(0.5, 2.0, 10) if case.weighted else None
     parts = Parts(
-        build_model=build_model,
+        build_model=build,
         build_optimizer=build_optimizer,
-        objective=CrossEntropy(weights, 1.0),
-        rows=train,
+        objective=CrossEntropy(weights, 63 if case.model == "gpt" else 1),
+        rows=rows,
         batch_size=case.batch_size,
         clip_gradient_norm=case.clip,
         precision=case.precision,
+        micro_batch_size=case.micro,
     )
     return parts, held_out
 
 
 def run_case(case: Case, context: FileJobContext) -> Result:
     """Train in this rank."""
-    parts, held_out = parts_of(case)
+    parts, held_out = parts_of(case, context.rank)
     spec = json_format.ParseDict(case.strategy, job_work_pb2.Strategy())
     try:
         strategy = open_strategy(spec, context, parts)
@@ -208,7 +243,7 @@ def _train(case: Case, strategy: Strategy, held_out: TensorRows) -> Result:
         assert done == [True]
 
     def score(outputs: Tensor, targets: Tensor) -> Tensor:
-        return torch.tensor([float((outputs.argmax(-1) == targets).sum()), float(len(targets))])
+        return torch.tensor([float((outputs.argmax(-1) == targets).sum()), float(targets.numel())])
 
     sums = strategy.evaluate(held_out, 50, score, 2)
     weights = strategy.weights()
@@ -218,6 +253,8 @@ def _train(case: Case, strategy: Strategy, held_out: TensorRows) -> Result:
         held_out=float(sums[1]),
         losses=losses,
         seconds=seconds,
+        notes=list(strategy.notes),
+        lead=getattr(strategy, "lead", 0),
     )
 
 
@@ -237,7 +274,7 @@ def together(root: Path, ranks: int, cases: Sequence[Case], timeout: float = 100
         codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
     outputs = [(root / f"output.{rank}.txt").read_text() for rank in range(ranks)]
     assert codes == [0] * ranks, "\n".join(outputs)
-    return [_read(root, number) for number in range(len(cases))]
+    return [_read(root, number, ranks) for number in range(len(cases))]
 
 
 @contextmanager
@@ -281,8 +318,9 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def _read(root: Path, number: int) -> Result:
-    found = json.loads((root / f"result.{number}.json").read_text())
+def _read(root: Path, number: int, ranks: int) -> Result:
+    said = [json.loads((root / f"result.{number}.{rank}.json").read_text()) for rank in range(ranks)]
+    found = said[0] | {"lead": max(one["lead"] for one in said)}
     weights = load_file(root / f"result.{number}.safetensors")
     failure = tuple(found.pop("failure") or ()) or None
     return Result(weights, failure=failure, **found)
@@ -299,13 +337,10 @@ def main() -> None:
             root / "job", job_pb2.Job(name="jobs/together"), rank=rank, world_size=size, local_rank=rank
         )
         result = run_case(Case(**found), context)
+        said = {name: value for name, value in vars(result).items() if name != "weights"}
+        (root / f"result.{number}.{rank}.json").write_text(json.dumps(said))
         if rank == 0:
-            save_file(
-                {name: value.clone() for name, value in result.weights.items()},
-                root / f"result.{number}.safetensors",
-            )
-            said = {name: value for name, value in vars(result).items() if name != "weights"}
-            (root / f"result.{number}.json").write_text(json.dumps(said))
+            save_file(result.weights, root / f"result.{number}.safetensors")
 
 
 if __name__ == "__main__":

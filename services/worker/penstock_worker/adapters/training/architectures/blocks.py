@@ -97,7 +97,7 @@ class Attention(nn.Module):
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.out = nn.Linear(width, width)
-        self._head = width // heads
+        self.head = width // heads
         self._dropout, self._causal = dropout, causal
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -108,7 +108,7 @@ class Attention(nn.Module):
             mask: [B, T], above 0 for tokens that may be attended to; None for all.
         """
         query, key, value = (
-            layer(x).unflatten(2, (-1, self._head)).transpose(1, 2)
+            layer(x).unflatten(2, (-1, self.head)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
         found = functional.scaled_dot_product_attention(

@@ -42,7 +42,7 @@ def open_strategy(spec: job_work_pb2.Strategy, context: JobContext, parts: Parts
         )
     group = join(context)
     try:
-        return kind(group, parts)
+        return kind(group, parts, spec)
     except BaseException:
         group.close()
         raise
@@ -59,6 +59,22 @@ def _named(name: str) -> type[Strategy]:
             from penstock_worker.adapters.training.strategies.ddp import DdpStrategy
 
             return DdpStrategy
+        case "fsdp":
+            from penstock_worker.adapters.training.strategies.fsdp import FsdpStrategy
+
+            return FsdpStrategy
+        case "pipeline":
+            from penstock_worker.adapters.training.strategies.pipeline import PipelineStrategy
+
+            return PipelineStrategy
+        case "tensor_parallel":
+            from penstock_worker.adapters.training.strategies.tensor_parallel import TensorParallelStrategy
+
+            return TensorParallelStrategy
+        case "parameter_server":
+            from penstock_worker.adapters.training.strategies.parameter_server import ParameterServerStrategy
+
+            return ParameterServerStrategy
         case _:
             raise JobFailure(f"There is no strategy {name}.", "INVALID_RECIPE")
 

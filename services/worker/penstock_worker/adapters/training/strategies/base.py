@@ -28,14 +28,16 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from penstock.scheduler.v1 import job_work_pb2
 from penstock_worker.adapters.training.chain import Chain
 from penstock_worker.adapters.training.objective import Objective
 from penstock_worker.adapters.training.rows import Rows
@@ -49,6 +51,9 @@ VOTE_SECONDS = 0.2
 # A step of which nobody knows how long it takes yet is followed by a vote; then at most so many times more
 # steps lie between two votes than before.
 _GROWTH = 4
+
+# Computes gradients; gives the sum of losses and of weights of a rank's rows.
+_Gradients = Callable[[], tuple[Tensor, Tensor | float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class Parts:
         rows: The training part.
         seed: Of what is random during the training (dropout).
         batch_size: Rows of a global batch; only the last one of an epoch may have fewer.
+        micro_batch_size: Rows that a rank computes at once, gradients being added up; 0 for all that it has.
         clip_gradient_norm: Norm of the whole gradient at most; 0 for unbounded.
         precision: fp32, bf16 or fp16: what is computed in. Weights and gradients stay in float32.
     """
@@ -74,6 +80,7 @@ class Parts:
     rows: Rows
     seed: int = 0
     batch_size: int = 32
+    micro_batch_size: int = 0
     clip_gradient_norm: float = 0.0
     precision: str = "fp32"
 
@@ -87,11 +94,13 @@ class Decision:
         checkpoint: A checkpoint is due.
         loss: Mean loss since the last vote; None where there was no vote after this step. It is what it is,
             NaN included.
+        weight: Sum of the weights that this mean is over.
     """
 
     stop: bool = False
     checkpoint: bool = False
     loss: float | None = None
+    weight: float = 0.0
 
 
 _NOTHING = Decision()
@@ -100,12 +109,15 @@ _NOTHING = Decision()
 class Strategy(ABC):
     """One rank's part of a training.
 
+    `steps` counts those that were taken, `notes` says in words how the model was spread.
+
     Subclasses build `module` (what this rank holds of the model) and `optimizer` in `_build`, and say what a
     step is. What is saved and gathered follows from the names in `tensors`.
 
     Args:
         group: This rank among the others; joined already.
         parts: What the training is made of.
+        spec: The recipe's strategy.
 
     Raises:
         JobFailure: INVALID_RECIPE if this model cannot be spread in this way over so many ranks.
@@ -114,24 +126,50 @@ class Strategy(ABC):
     name: ClassVar[str]
     # How many processes may be used; None for any number.
     ranks: ClassVar[int | None] = None
+    # Whether optimizers may compute gradients more than once in a step, as lbfgs does.
+    takes_closures: ClassVar[bool] = False
+    # Whether fp16 may be computed in, whose small gradients need a scaled loss.
+    scales_losses: ClassVar[bool] = False
+    # Whether ranks compute outputs together, so that all must compute equally often.
+    predicts_together: ClassVar[bool] = False
 
     module: nn.Module
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, group: Group, parts: Parts) -> None:
+    def __init__(self, group: Group, parts: Parts, spec: job_work_pb2.Strategy) -> None:
         self.group = group
         self.parts = parts
+        self.spec = spec
         self.device = group.device
         self.steps = 0
+        # What people should know of how this model was spread.
+        self.notes: list[str] = []
         self._losses: list[Tensor] = []
         self._weights: list[Tensor | float] = []
         self._next_vote = 1
         self._interval = 1
+        # Steps after which a vote is read; where ranks do not wait for one another, they do not for votes.
+        self.lag = 0
+        self._ballot: tuple[int, Any, Tensor] | None = None
         self._last_vote = time.monotonic()
         self._checkpoints = Checkpoints(group)
         self._best: dict[str, Tensor] = {}
         self._scaler = torch.amp.GradScaler("cuda") if parts.precision == "fp16" else None
-        torch.manual_seed(parts.seed + self._stream())
+        torch.manual_seed(parts.seed + self.stream)
+        # Asked of all ranks alike, as some may have no optimizer.
+        probe = parts.build_optimizer([nn.Parameter(torch.zeros(1, 1))])
+        self._closures = isinstance(probe, torch.optim.LBFGS)
+        if self._closures and not self.takes_closures:
+            raise JobFailure(
+                f"The strategy {self.name} cannot use lbfgs, which computes gradients several times in a "
+                "step. Take single or ddp, or another optimizer.",
+                "INVALID_RECIPE",
+            )
+        if parts.precision == "fp16" and not self.scales_losses:
+            raise JobFailure(
+                f"The strategy {self.name} cannot use fp16, whose losses must be scaled. Take bf16.",
+                "INVALID_RECIPE",
+            )
         self._build()
         self._rates = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
 
@@ -164,20 +202,26 @@ class Strategy(ABC):
 
     def weights(self) -> dict[str, Tensor] | None:
         """Gather the state of the whole model on the CPU of rank 0; None in the others. All ranks call it."""
-        found = {name: _whole(value) for name, value in self._best_or_present().items()}
-        return {name: value.cpu() for name, value in found.items()} if self.group.rank == 0 else None
+        found = {name: whole(value) for name, value in self.tensors().items()}
+        if self.group.rank:
+            return None
+        return {name: value.cpu().clone() for name, value in found.items()}
 
-    def _stream(self) -> int:
-        """Number of this rank's stream of random numbers; ranks that compute the same have the same."""
+    @property
+    def stream(self) -> int:
+        """Number of this rank's stream of random numbers; ranks that compute the same rows have the same."""
         return self.group.rank
 
     def _deal(self) -> tuple[int, int]:
-        """Say which of how many parts of the held-out rows this rank measures."""
+        """Say which of how many parts of the held-out rows this rank measures; none, if it is beyond."""
         return self.group.rank, self.group.size
 
-    def _counted(self) -> bool:
-        """Whether what this rank measured is counted, where several ranks measure the same."""
+    def _counts(self) -> bool:
+        """Whether what this rank measures is counted, where several ranks measure the same."""
         return True
+
+    def _before_measuring(self) -> None:  # noqa: B027 - most have nothing to do
+        """Do what must be done before outputs are computed."""
 
     # What all have.
 
@@ -190,16 +234,27 @@ class Strategy(ABC):
             now: Vote after this step in any case (all ranks must say so), as at the end of an epoch.
         """
         self._checkpoints.settle_if_written()
-        if not now and self.steps < self._next_vote:
+        found = [0.0] * 5
+        if self._ballot is not None:
+            read_at, work, votes = self._ballot
+            if not now and self.steps < read_at:
+                return _NOTHING
+            work.wait()
+            self._ballot, found = None, votes.tolist()
+        elif not now and self.steps < self._next_vote:
             return _NOTHING
-        rank = self.group.rank
-        total, weight = self._loss_so_far()
-        interval = self._steps_until_next_vote() if rank == 0 else 0
-        due = rank == 0 and checkpoint and not self._checkpoints.writing
-        found = self.group.sum([float(stop), float(due), float(interval), total, weight])
+        if not any(found) or now:
+            votes = torch.tensor(self._votes(stop, checkpoint), dtype=torch.float64)
+            if self.lag and not now:
+                work = dist.all_reduce(votes, group=self.group.control, async_op=True)
+                self._ballot = self.steps + self.lag, work, votes
+                return _NOTHING
+            cast = self.group.sum_tensor(votes).tolist()
+            found = [one + other for one, other in zip([*found[:2], 0.0, *found[3:]], cast, strict=True)]
         self._interval = int(found[2])
         self._next_vote = self.steps + self._interval
-        return Decision(found[0] > 0, found[1] > 0, found[3] / found[4] if found[4] else None)
+        mean = found[3] / found[4] if found[4] else None
+        return Decision(found[0] > 0, found[1] > 0, mean, found[4])
 
     def evaluate(
         self, rows: Rows, batch_size: int, score: Callable[[Tensor, Tensor], Tensor], width: int
@@ -216,17 +271,23 @@ class Strategy(ABC):
         Returns:
             The sums in every rank, float64 of shape (width,).
         """
+        self._before_measuring()
         part, parts = self._deal()
         total = torch.zeros(width, dtype=torch.float64)
+        begins = list(range(part * batch_size, len(rows), parts * batch_size)) if part < parts else []
+        counted = len(begins) if self._counts() else 0
+        if self.predicts_together:
+            rounds = -(-len(rows) // (parts * batch_size))
+            begins += [0] * (rounds - len(begins))
         training = self.module.training
         self.module.eval()
         try:
             with torch.no_grad():
-                for begin in range(part * batch_size, len(rows), parts * batch_size):
+                for number, begin in enumerate(begins):
                     inputs, targets = rows.batch(torch.arange(begin, min(begin + batch_size, len(rows))))
                     with self._autocast():
                         outputs = self.predict(inputs)
-                    if self._counted():
+                    if number < counted:
                         total += score(outputs.float(), targets).to("cpu", torch.float64)
         finally:
             self.module.train(training)
@@ -241,6 +302,7 @@ class Strategy(ABC):
         present = self.tensors()
         for name, value in self._best.items():
             present[name].copy_(value)
+        self._loaded()
 
     def save(self, directory: Path, extra: Mapping[str, Any], written: Callable[[], None]) -> None:
         """Save everything needed to go on, at any number of ranks; all ranks call it after the same step.
@@ -254,7 +316,8 @@ class Strategy(ABC):
         """
         state = {f"model.{name}": value for name, value in self.tensors().items()}
         state |= {f"best.{name}": value for name, value in self._best.items()}
-        if self.optimizer is not None:
+        # The history of lbfgs is left out: it is made anew in some steps.
+        if self.optimizer is not None and not self._closures:
             for name, parameter in self.parameters().items():
                 for key, value in self.optimizer.state.get(parameter, {}).items():
                     if value is not None:
@@ -280,22 +343,26 @@ class Strategy(ABC):
             JobFailure: INVALID_RECIPE if it is of another model.
         """
         known = self._checkpoints.described(directory)
-        present = self.tensors()
+        present, held = self._wanted(), self.tensors()
         if missing := sorted(name for name in present if f"model.{name}" not in known):
             raise JobFailure(
                 f"The checkpoint is of another model: it has no {missing[0]}. Start the job anew.",
                 "INVALID_RECIPE",
             )
         state = {f"model.{name}": value for name, value in present.items()}
-        self._best = {name: torch.clone(value) for name, value in present.items() if f"best.{name}" in known}
+        self._best = {name: value.clone() for name, value in held.items() if f"best.{name}" in known}
         state |= {f"best.{name}": value for name, value in self._best.items()}
         state |= self._empty_optimizer_state(known)
         extra = self._checkpoints.load(directory, state)
         self.steps = int(extra.pop("steps"))
         self._next_vote = self.steps + 1
-        torch.manual_seed(self.parts.seed + self._stream() + 7919 * self.steps)
+        torch.manual_seed(self.parts.seed + self.stream + 7919 * self.steps)
         self._loaded()
         return extra
+
+    def _wanted(self) -> dict[str, Tensor]:
+        """Give what this rank takes from a checkpoint; like `tensors`, which is what it puts into one."""
+        return self.tensors()
 
     def _loaded(self) -> None:  # noqa: B027 - most have nothing to do
         """Do what must follow once the tensors hold what a checkpoint had."""
@@ -318,11 +385,36 @@ class Strategy(ABC):
     def _backward(self, loss: Tensor) -> None:
         (self._scaler.scale(loss) if self._scaler else loss).backward()
 
-    def _update(self, rate: float) -> None:
-        """Clip the gradients, step, and forget them."""
+    def _pieces(self, indices: Tensor) -> Sequence[Tensor]:
+        """Cut a rank's rows into what is computed at once."""
+        size = self.parts.micro_batch_size
+        return [indices] if not size or len(indices) <= size else indices.split(size)
+
+    def _weight_of(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Add up what rows weigh."""
+        objective, rows = self.parts.objective, self.parts.rows
+        if objective.row_weight is not None:
+            return torch.tensor(
+                objective.row_weight * sum(len(piece) for piece in pieces), device=self.device
+            )
+        return torch.stack([objective.weight(rows.batch(piece)[1]) for piece in pieces]).sum()
+
+    def _update(self, gradients: _Gradients, rate: float) -> tuple[Tensor, Tensor | float]:
+        """Compute gradients, clip them, step, and forget them.
+
+        Args:
+            gradients: Computes them, and gives the sum of losses and of weights of this rank's rows.
+            rate: Factor on the learning rate.
+
+        Returns:
+            What `gradients` gave, the first time if it is called several times.
+        """
         optimizer = self.optimizer
         assert optimizer is not None  # noqa: S101 - a strategy without one has its own way
         self._set_rate(rate)
+        if self._closures:
+            return self._update_with_closure(optimizer, gradients)
+        found = gradients()
         if self._scaler:
             self._scaler.unscale_(optimizer)
         if self.parts.clip_gradient_norm:
@@ -333,6 +425,27 @@ class Strategy(ABC):
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def _update_with_closure(
+        self, optimizer: torch.optim.Optimizer, gradients: _Gradients
+    ) -> tuple[Tensor, Tensor | float]:
+        found = []
+
+        def closure() -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            found.append(gradients())
+            if self.parts.clip_gradient_norm:
+                self._clip(self.parts.clip_gradient_norm)
+            return self._loss_of(*found[-1])
+
+        optimizer.step(closure)
+        optimizer.zero_grad(set_to_none=True)
+        return found[0]
+
+    def _loss_of(self, loss_sum: Tensor, weight: Tensor | float) -> Tensor:
+        """Give the loss of the whole batch, of which this rank has a part."""
+        return loss_sum / weight
 
     def _set_rate(self, rate: float) -> None:
         assert self.optimizer is not None  # noqa: S101 - as above
@@ -342,14 +455,29 @@ class Strategy(ABC):
     def _clip(self, most: float) -> None:
         nn.utils.clip_grad_norm_(self.module.parameters(), most)
 
+    def _clip_together(self, parameters: Iterable[nn.Parameter], most: float, group: Any) -> None:
+        """Clip by the norm of a gradient whose pieces lie in the ranks of a group, each in one of them."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        square = nn.utils.get_total_norm(gradients).square().cpu()
+        if group is not None:
+            dist.all_reduce(square, group=group)
+        factor = (most / (square.sqrt() + 1e-6)).clamp(max=1.0).to(self.device)
+        torch._foreach_mul_(gradients, factor)
+
+    def _gathered(self, mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Bring together on rank 0 what ranks hold under different names, on the CPU."""
+        mine = {name: value.cpu().clone() for name, value in mine.items()}
+        if self.group.size == 1:
+            return mine
+        found: list[Any] | None = [None] * self.group.size if self.group.rank == 0 else None
+        dist.gather_object(mine, found, group=self.group.control)
+        return None if found is None else {name: value for held in found for name, value in held.items()}
+
     def _note(self, loss_sum: Tensor, weight: Tensor | float) -> None:
         """Remember a step's loss over this rank's rows, and that it is done."""
         self._losses.append(loss_sum.detach())
         self._weights.append(weight)
         self.steps += 1
-
-    def _best_or_present(self) -> dict[str, Tensor]:
-        return self.tensors()
 
     def _loss_so_far(self) -> tuple[float, float]:
         """Give the sum of the losses, and of the weights, since the last vote."""
@@ -359,6 +487,14 @@ class Strategy(ABC):
         weight = sum(float(weight) for weight in self._weights)
         self._losses, self._weights = [], []
         return total, weight
+
+    def _votes(self, stop: bool, checkpoint: bool) -> list[float]:
+        """Say stop, checkpoint, steps until the next vote (these two rank 0 alone), loss, weight."""
+        total, weight = self._loss_so_far()
+        if self.group.rank:
+            return [float(stop), 0.0, 0.0, total, weight]
+        due = checkpoint and not self._checkpoints.writing
+        return [float(stop), float(due), float(self._steps_until_next_vote()), total, weight]
 
     def _steps_until_next_vote(self) -> int:
         now = time.monotonic()
@@ -400,7 +536,7 @@ def share(indices: Tensor, part: int, parts: int) -> tuple[Tensor, bool]:
     return (indices[begin:end], True) if begin < end else (indices[:1], False)
 
 
-def _whole(value: Tensor) -> Tensor:
+def whole(value: Tensor) -> Tensor:
     """Gather a tensor whose pieces lie in several ranks; they all call it."""
     full = getattr(value, "full_tensor", None)
     return value if full is None else full()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from penstock_worker.adapters.training.strategies.base import Strategy
@@ -14,6 +15,8 @@ class SingleStrategy(Strategy):
 
     name: ClassVar[str] = "single"
     ranks: ClassVar[int | None] = 1
+    takes_closures: ClassVar[bool] = True
+    scales_losses: ClassVar[bool] = True
 
     def _build(self) -> None:
         self.module = self.parts.build_model().to(self.device).train()
@@ -21,16 +24,32 @@ class SingleStrategy(Strategy):
 
     def step(self, indices: Tensor, rate: float = 1.0) -> None:
         """Take one step on all rows."""
-        objective = self.parts.objective
-        inputs, targets = self.parts.rows.batch(indices)
-        with self._autocast():
-            outputs = self.module(inputs)
-        loss_sum, weight = objective.loss_sum(outputs, targets), objective.weight(targets)
-        self._backward(loss_sum / weight)
-        self._update(rate)
+        loss_sum, weight = self._update(lambda: self._gradients(indices), rate)
         self._note(loss_sum, weight)
 
     def predict(self, inputs: Tensor) -> Tensor:
         """Compute the outputs."""
         outputs: Tensor = self.module(inputs)
         return outputs
+
+    def _gradients(self, indices: Tensor) -> tuple[Tensor, Tensor | float]:
+        objective = self.parts.objective
+        pieces = self._pieces(indices)
+        if len(pieces) == 1:
+            inputs, targets = self.parts.rows.batch(indices)
+            weight = objective.weight(targets)
+            with self._autocast():
+                outputs = self.module(inputs)
+            loss_sum = objective.loss_sum(outputs, targets)
+            self._backward(loss_sum / weight)
+            return loss_sum.detach(), weight
+        whole = self._weight_of(pieces)
+        total = torch.zeros((), device=self.device)
+        for piece in pieces:
+            inputs, targets = self.parts.rows.batch(piece)
+            with self._autocast():
+                outputs = self.module(inputs)
+            loss_sum = objective.loss_sum(outputs, targets)
+            self._backward(loss_sum / whole)
+            total += loss_sum.detach()
+        return total, whole
