@@ -41,6 +41,10 @@ class ServiceSettings(BaseSettings):
     allow_python_runtime: bool = Field(
         False, description="Let models bring their own Python code (runtime python): it runs unconfined"
     )
+    allow_compiled_models: bool = Field(
+        False,
+        description="Let models be compiled code (format aoti): a shared library, which runs unconfined",
+    )
     migrate_on_start: bool = Field(
         False, description="Bring the database schema up to date before serving (local mode)"
     )

@@ -65,6 +65,7 @@ class RegistryApp:
             uploads=StagedUploads(self._staging, self._blobs),
             deployments=self.deployments,
             allow_python_runtime=settings.allow_python_runtime,
+            allow_compiled_models=settings.allow_compiled_models,
         )
         self.server.add(add_RegistryServiceServicer_to_server, RegistryServicer(ports), SERVICE_NAME)
         self.server.add(add_ArtifactServiceServicer_to_server, ArtifactServicer(ports), ARTIFACT_SERVICE_NAME)

@@ -53,6 +53,12 @@ def refused(data: bytes, fmt: str, more: Mapping[str, bytes] | None = None) -> R
     return error.value.reason
 
 
+def test_weights_of_a_recipe_need_their_architecture_and_are_then_taken() -> None:
+    weights = safetensors.torch.save({"a": torch.zeros(2)})
+    assert refused(weights, "safetensors") is Reason.MANIFEST_MISMATCH
+    inspect(weights, "safetensors", "model.safetensors", {"architecture.json": b"{}"})
+
+
 class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

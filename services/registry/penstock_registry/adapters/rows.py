@@ -82,6 +82,7 @@ class VersionRow(Base):
     created_by: Mapped[Words]
     failure: Mapped[Words]
     failure_reason: Mapped[int] = mapped_column(Integer)
+    profiles: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'::jsonb"))
     revision: Mapped[int] = mapped_column(BigInteger)
     create_time: Mapped[Moment]
     update_time: Mapped[Moment]

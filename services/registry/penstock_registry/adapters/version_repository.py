@@ -16,6 +16,7 @@ from penstock_registry.adapters.rows import AliasRow, BlobRow, FileRow, ModelRow
 from penstock_registry.domain.files import BundleFile
 from penstock_registry.domain.manifest import Manifest
 from penstock_registry.domain.model import Model
+from penstock_registry.domain.profile import DeviceProfile
 from penstock_registry.domain.query import Cursor, Query
 from penstock_registry.domain.version import Failure, Version, VersionState
 
@@ -93,7 +94,7 @@ class VersionRepository:
         return uid
 
     async def save(self, version: Version) -> Version:
-        """Store state, digest, failure, labels and metrics; count the change."""
+        """Store state, digest, failure, labels, metrics and profiles; count the change."""
         changed = (
             await self._session.execute(
                 update(VersionRow)
@@ -103,6 +104,7 @@ class VersionRepository:
                     digest=version.digest,
                     labels=dict(version.labels),
                     metrics=dict(version.manifest.metrics),
+                    profiles=[profile.to_dict() for profile in version.profiles],
                     failure=version.failure.message if version.failure else "",
                     failure_reason=int(version.failure.reason) if version.failure else 0,
                     revision=VersionRow.revision + 1,
@@ -291,6 +293,7 @@ def _to_version(row: VersionRow, model: str, files: Iterable[BundleFile], aliase
         update_time=row.update_time,
         failure=failure,
         aliases=tuple(aliases),
+        profiles=tuple(DeviceProfile.from_dict(profile) for profile in row.profiles),
         uid=row.uid,
         revision=row.revision,
     )

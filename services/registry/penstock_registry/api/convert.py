@@ -21,6 +21,7 @@ from penstock_registry.domain.manifest import (
     TensorSpec,
 )
 from penstock_registry.domain.model import Alias, AliasMove, Model
+from penstock_registry.domain.profile import DeviceProfile, ProfilePoint
 from penstock_registry.domain.version import Version
 
 _DATA_TYPE_PREFIX = "DATA_TYPE_"
@@ -158,6 +159,44 @@ def version_to_proto(version: Version) -> version_pb2.Version:
         failure=version.failure.message if version.failure else "",
         aliases=version.aliases,
         etag=str(version.revision),
+        profiles=[profile_to_proto(profile) for profile in version.profiles],
+    )
+
+
+def profile_from_proto(message: version_pb2.DeviceProfile) -> DeviceProfile:
+    """Return the profile of a message."""
+    return DeviceProfile(
+        device=message.device,
+        points=tuple(
+            ProfilePoint(point.batch_size, point.p50_seconds, point.p99_seconds, point.rows_per_second)
+            for point in message.points
+        ),
+        load_seconds=message.load_seconds,
+        memory_bytes=message.memory_bytes,
+        gpu_memory_bytes=message.gpu_memory_bytes,
+        time=time_from_proto(message.time, "profiles.time") if message.HasField("time") else None,
+        job=message.job,
+    )
+
+
+def profile_to_proto(profile: DeviceProfile) -> version_pb2.DeviceProfile:
+    """Return the message of a profile."""
+    return version_pb2.DeviceProfile(
+        device=profile.device,
+        points=[
+            version_pb2.ProfilePoint(
+                batch_size=point.batch_size,
+                p50_seconds=point.p50_seconds,
+                p99_seconds=point.p99_seconds,
+                rows_per_second=point.rows_per_second,
+            )
+            for point in profile.points
+        ],
+        load_seconds=profile.load_seconds,
+        memory_bytes=profile.memory_bytes,
+        gpu_memory_bytes=profile.gpu_memory_bytes,
+        time=time_to_proto(profile.time),
+        job=profile.job,
     )
 
 

@@ -142,7 +142,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
         )
 
     async def UpdateVersion(self, request: pb.UpdateVersionRequest, context: Context) -> version_pb2.Version:
-        """Change labels and metrics."""
+        """Change labels, metrics and profiles."""
         model, number = names.parse_version(request.version.name)
         given = Version(
             model=model,
@@ -150,6 +150,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
             manifest=convert.manifest_from_proto(request.version.manifest),
             files=(),
             labels=dict(request.version.labels),
+            profiles=tuple(convert.profile_from_proto(profile) for profile in request.version.profiles),
         )
         changed = await versions.update_version(
             self._ports, given, mask=list(request.update_mask.paths), etag=request.version.etag
@@ -227,6 +228,7 @@ class RegistryServicer(registry_service_pb2_grpc.RegistryServiceServicer):
             expected=request.expected_version if request.HasField("expected_version") else None,
             actor=rpc.principal(),
             comment=request.comment,
+            force=request.force,
         )
         return convert.alias_to_proto(moved)
 

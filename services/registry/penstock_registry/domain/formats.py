@@ -13,10 +13,13 @@ from penstock_registry.domain.files import BundleFile
 from penstock_registry.domain.onnx import check_onnx
 from penstock_registry.domain.pickles import looks_like_pickle
 from penstock_registry.domain.pt2 import check_pt2, unsafe
+from penstock_registry.domain.safetensors import check_safetensors
 from penstock_registry.domain.version import Version, unsafe_pickle
 
 HEAD_BYTES = 64 * 1024
 MAX_SCHEMA_BYTES = 256 * 1024 * 1024
+# What a training recipe writes beside its weights.
+ARCHITECTURE_FILE = "architecture.json"
 _ZIP_MAGIC = b"PK\x03\x04"
 
 Opener = Callable[[str], BinaryIO]
@@ -89,6 +92,26 @@ def _check_pt2(opened: BinaryIO, file: BundleFile, version: Version) -> None:
     check_pt2(Archive(opened, file.path, "an exported program (.pt2)"))
 
 
+def _check_safetensors(opened: BinaryIO, file: BundleFile, version: Version) -> None:
+    """Names, datatypes and places of tensors in JSON, then their bytes; the architecture lies beside it."""
+    if version.file(ARCHITECTURE_FILE) is None:
+        raise InvalidArgument(
+            f"A version of format safetensors needs {ARCHITECTURE_FILE} beside its weights: what a training "
+            "recipe built. Push anything else as .pt2 or .onnx.",
+            reason=Reason.MANIFEST_MISMATCH,
+            metadata={"path": ARCHITECTURE_FILE},
+        )
+    check_safetensors(opened, file.path, file.size_bytes)
+
+
+def _check_aoti(opened: BinaryIO, file: BundleFile, version: Version) -> None:
+    """Compiled code, which the operator allowed; nothing in it can be checked but its frame."""
+    del version
+    archive = Archive(opened, file.path, "an AOTInductor package (.pt2)")
+    if not any("/aotinductor/" in name and name.endswith(".so") for name in archive.sizes):
+        raise archive.mismatch("has no shared library of AOTInductor")
+
+
 def _check_torchscript(opened: BinaryIO, file: BundleFile, version: Version) -> None:
     """TorchScript keeps code and constants beside its data; torch.save does not.
 
@@ -150,7 +173,9 @@ def _check_ensemble(opened: BinaryIO, file: BundleFile, version: Version) -> Non
 
 
 _CHECKS: dict[str, Callable[[BinaryIO, BundleFile, Version], None]] = {
+    "aoti": _check_aoti,
     "pt2": _check_pt2,
+    "safetensors": _check_safetensors,
     "torchscript": _check_torchscript,
     "skops": _check_skops,
     "onnx": _check_onnx,

@@ -17,7 +17,7 @@ from penstock_registry.domain.texts import Empty, check_keys, check_text, check_
 # Which formats a runtime loads.
 FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "torch": ("pt2", "torchscript"),
+        "torch": ("pt2", "torchscript", "safetensors", "aoti"),
         "onnx": ("onnx",),
         "sklearn": ("skops",),
         "python": ("python",),
@@ -155,12 +155,15 @@ class Manifest:
         )
 
 
-def check_manifest(manifest: Manifest, *, allow_python_runtime: bool) -> None:
+def check_manifest(
+    manifest: Manifest, *, allow_python_runtime: bool, allow_compiled_models: bool = False
+) -> None:
     """Return if the manifest keeps every rule that can be checked without the files.
 
     Args:
         manifest: The manifest.
         allow_python_runtime: Whether the operator lets models bring their own code.
+        allow_compiled_models: Whether the operator lets models bring compiled code.
 
     Raises:
         InvalidArgument: It breaks one. Reasons: UNKNOWN_RUNTIME, UNSAFE_FORMAT, INVALID_REQUEST.
@@ -182,6 +185,14 @@ def check_manifest(manifest: Manifest, *, allow_python_runtime: bool) -> None:
         raise InvalidArgument(
             "Format python runs the model's own code, and this server does not allow it. Convert the model "
             "(torch.export, ONNX, skops), or have the operator set PENSTOCK_ALLOW_PYTHON_RUNTIME=true.",
+            reason=Reason.UNSAFE_FORMAT,
+            metadata={"format": manifest.format},
+        )
+    if manifest.format == "aoti" and not allow_compiled_models:
+        raise InvalidArgument(
+            "Format aoti is a shared library that is loaded into the server, and this server does not allow "
+            "it. Push the .pt2 or .onnx that it was compiled from, or have the operator set "
+            "PENSTOCK_ALLOW_COMPILED_MODELS=true.",
             reason=Reason.UNSAFE_FORMAT,
             metadata={"format": manifest.format},
         )

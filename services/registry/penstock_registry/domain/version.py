@@ -13,6 +13,7 @@ from penstock_kit.errors import FailedPrecondition, InvalidArgument, Reason
 from penstock_kit.names import version_name
 from penstock_registry.domain.files import BundleFile, check_announced
 from penstock_registry.domain.manifest import Manifest
+from penstock_registry.domain.profile import DeviceProfile
 from penstock_registry.domain.texts import Empty
 
 MAX_FILES = 10_000
@@ -73,6 +74,7 @@ class Version:
     update_time: datetime | None = None
     failure: Failure | None = None
     aliases: tuple[str, ...] = ()
+    profiles: tuple[DeviceProfile, ...] = ()
     uid: int = 0
     revision: int = 1
 
@@ -147,6 +149,25 @@ def require(version: Version, *states: VersionState, to: str) -> None:
             reason=Reason.WRONG_STATE,
             metadata={"version": version.name, "state": version.state.value},
         )
+
+
+def require_passed_gate(version: Version, alias: str) -> None:
+    """Return if the version passed its gate, or never stood at one.
+
+    Raises:
+        FailedPrecondition: It failed; reason GATE_FAILED, the message says what.
+    """
+    verdict = version.manifest.gate
+    if verdict is None or verdict.passed:
+        return
+    failures = "; ".join(verdict.failures) or "it says no more"
+    raise FailedPrecondition(
+        f"{version.name} did not pass its gate: {failures}. Alias {alias!r} stays where it is. Compress or "
+        f"train it again, or move the alias all the same: `penstock alias set {version.model} {alias} "
+        f"{version.number} --force`.",
+        reason=Reason.GATE_FAILED,
+        metadata={"version": version.name, "alias": alias},
+    )
 
 
 def check_files(files: Sequence[BundleFile], manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ from penstock_kit.errors import Aborted, FailedPrecondition, Reason
 from penstock_registry.domain.model import Alias, AliasMove, Model
 from penstock_registry.domain.query import Query
 from penstock_registry.domain.texts import check_text
-from penstock_registry.domain.version import VersionState, require
+from penstock_registry.domain.version import VersionState, require, require_passed_gate
 from penstock_registry.usecases.in_use import require_unused
 from penstock_registry.usecases.ports import Ports, Work
 from penstock_registry.usecases.versions import alias_not_found
@@ -24,7 +24,15 @@ class Page:
 
 
 async def set_alias(
-    ports: Ports, model: str, alias: str, version: int, *, expected: int | None, actor: str, comment: str
+    ports: Ports,
+    model: str,
+    alias: str,
+    version: int,
+    *,
+    expected: int | None,
+    actor: str,
+    comment: str,
+    force: bool = False,
 ) -> Alias:
     """Point an alias at a READY version, making it if new. Setting it to where it points is no move.
 
@@ -36,10 +44,11 @@ async def set_alias(
         expected: Where the caller believes it points; 0 for nowhere; None for any.
         actor: Who.
         comment: Why.
+        force: Also to a version that failed its gate.
 
     Raises:
         NotFound: There is no such model or version.
-        FailedPrecondition: The version is not READY.
+        FailedPrecondition: The version is not READY, or failed its gate (GATE_FAILED).
         Aborted: The alias points elsewhere than expected.
     """
     check_text("comment", comment)
@@ -59,6 +68,8 @@ async def set_alias(
         require(target, VersionState.READY, to="have an alias")
         if current is not None and points_to == version:
             return current
+        if not force:
+            require_passed_gate(target, alias)
         moved = await _move(work, found, alias, points_to, version, actor=actor, comment=comment)
         await work.commit()
         return moved

@@ -67,7 +67,7 @@ class Versions(Protocol):
         """Store a new version of the model, its files and its parents (by uid); return its uid."""
 
     async def save(self, version: Version) -> Version:
-        """Store state, digest, failure, labels and metrics; count the change."""
+        """Store state, digest, failure, labels, metrics and profiles; count the change."""
 
     async def newest_ready(self, model: str) -> Version | None:
         """Return the READY version with the highest number."""
@@ -278,3 +278,4 @@ class Ports:
     uploads: Uploads
     deployments: Deployments
     allow_python_runtime: bool = False
+    allow_compiled_models: bool = False

@@ -9,6 +9,7 @@ from penstock_kit.errors import FailedPrecondition, NotFound, Reason
 from penstock_kit.names import check_alias, parse_number, parse_version
 from penstock_registry.domain.manifest import check_manifest, check_metrics
 from penstock_registry.domain.model import check_etag
+from penstock_registry.domain.profile import check_profiles
 from penstock_registry.domain.query import Query
 from penstock_registry.domain.texts import check_labels
 from penstock_registry.domain.version import Version, VersionState, advance, check_files
@@ -17,7 +18,7 @@ from penstock_registry.usecases.in_use import require_unused
 from penstock_registry.usecases.models import check_mask, claim, fingerprint
 from penstock_registry.usecases.ports import Ports, Work
 
-VERSION_MASK = frozenset({"labels", "manifest.metrics"})
+VERSION_MASK = frozenset({"labels", "manifest.metrics", "profiles"})
 # A lineage of more is drawn by nobody; it bounds the answer.
 MAX_LINEAGE = 1000
 
@@ -57,7 +58,11 @@ async def create_version(
         NotFound: No such model, or a parent of the lineage does not exist.
         InvalidArgument: Manifest or files break a rule.
     """
-    check_manifest(version.manifest, allow_python_runtime=ports.allow_python_runtime)
+    check_manifest(
+        version.manifest,
+        allow_python_runtime=ports.allow_python_runtime,
+        allow_compiled_models=ports.allow_compiled_models,
+    )
     check_files(version.files, version.manifest)
     check_labels(version.labels)
     contents = fingerprint(
@@ -140,7 +145,7 @@ async def list_versions(ports: Ports, model: str | None, query: Query) -> Page:
 
 
 async def update_version(ports: Ports, given: Version, *, mask: Collection[str], etag: str) -> Version:
-    """Change labels, metrics, or both, as the mask says; empty means labels. Never the bundle.
+    """Change labels, metrics and profiles, as the mask says; empty means labels. Never the bundle.
 
     Raises:
         NotFound: There is no such version.
@@ -150,6 +155,7 @@ async def update_version(ports: Ports, given: Version, *, mask: Collection[str],
     fields = check_mask(mask, VERSION_MASK, default={"labels"})
     check_labels(given.labels)
     check_metrics(given.manifest.metrics)
+    check_profiles(given.profiles)
     async with ports.work() as work:
         await work.models.get(given.model, lock=True)
         version = await work.versions.get(given.model, given.number, lock=True)
@@ -158,6 +164,8 @@ async def update_version(ports: Ports, given: Version, *, mask: Collection[str],
             version = replace(version, labels=given.labels)
         if "manifest.metrics" in fields:
             version = replace(version, manifest=replace(version.manifest, metrics=given.manifest.metrics))
+        if "profiles" in fields:
+            version = replace(version, profiles=given.profiles)
         saved = await work.versions.save(version)
         await work.commit()
     return with_received(ports, saved)
