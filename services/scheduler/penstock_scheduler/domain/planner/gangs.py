@@ -23,6 +23,8 @@ from penstock_scheduler.domain.planner.turns import in_turn
 MADE_ROOM = "It made room: "
 """How the message of a job begins that gave its place to a replica; kept while it waits for another."""
 _AND_WAITS = " It waits: "
+_MANY = 2**20
+"""More tasks than any job has; few enough that those of all nodes can be added up."""
 
 
 @dataclass(slots=True)
@@ -40,7 +42,7 @@ class Seating:
 
 @dataclass(slots=True)
 class _Kept:
-    """Room that is kept for a job: its nodes as they will be without any job but that one."""
+    """Room that is kept for a job: its nodes as if it ran there already, beside all that does."""
 
     job: str
     usages: dict[str, Usage]
@@ -165,7 +167,7 @@ class _Seats:
         return [view[node] for view in views if node in view]
 
     def _slots(self, need: Need, most: int) -> Numbers:
-        slots = np.minimum(self._fleet.slots(need), most)
+        slots = np.minimum(self._fleet.slots(need), _MANY)
         limited = set(self._future.usages())
         if self._kept is not None:
             limited.update(self._kept.usages)
@@ -246,21 +248,17 @@ class _Seats:
                 break
         usages = {}
         for node, count in taken.items():
-            usage = empty[node] if node in empty else self._fleet.usages[self._fleet.row_of[node]].copy()
-            _fill([usage], need, count, "kept")
-            usages[node] = usage
+            actual = self._fleet.usages[self._fleet.row_of[node]]
+            views = [limit.copy() for limit in self._limits(node)] or [actual.copy()]
+            # Beside what runs there, more than there is: nothing comes until it fits beside both.
+            for number, devices in enumerate(_fill([empty.get(node) or actual.copy()], need, count)):
+                views[0].take(need.resources, devices, f"kept {number}")
+            usages[node] = views[0]
         return _Kept(job.id, usages)
 
 
-def _fill(usages: Sequence[Usage], need: Need, most: int, files: str = "task") -> list[tuple[str, ...]]:
-    """Places up to `most` tasks in all of these views of one node; the devices of each in the first of them.
-
-    Args:
-        usages: the views.
-        need: what a task needs.
-        most: how many.
-        files: names their files, whose disk they share with nobody.
-    """
+def _fill(usages: Sequence[Usage], need: Need, most: int) -> list[tuple[str, ...]]:
+    """Places up to `most` tasks in all of these views of one node; the devices of each in the first of them."""
     found: list[tuple[str, ...]] = []
     while len(found) < most:
         places = [check(usage, need) for usage in usages]
@@ -268,7 +266,7 @@ def _fill(usages: Sequence[Usage], need: Need, most: int, files: str = "task") -
         if len(fitting) < len(places):
             break
         for each in fitting:
-            each.usage.take(need.resources, each.devices, f"{files} {len(found)}")
+            each.usage.take(need.resources, each.devices, f"task {len(found)}")
         found.append(fitting[0].devices)
     return found
 

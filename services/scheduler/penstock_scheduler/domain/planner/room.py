@@ -175,7 +175,7 @@ def cheapest(usage: Usage, need: Need, jobs: Sequence[Job], tasks: Sequence[Task
         None of them if the end of all would not be enough.
     """
     room = usage.copy()
-    order = sorted(jobs, key=lambda job: (job.priority, -_placed(job).timestamp(), job.id))
+    order = sorted(jobs, key=_worth)
     chosen: list[Job] = []
     for job in order:
         _without(room, job, tasks)
@@ -193,6 +193,11 @@ def cheapest(usage: Usage, need: Need, jobs: Sequence[Job], tasks: Sequence[Task
             else:
                 _without(room, job, tasks)
     return chosen
+
+
+def _worth(job: Job) -> tuple[object, ...]:
+    """Those of least priority first, of these the youngest."""
+    return (job.priority, -_placed(job).timestamp(), -job.create_time.timestamp(), job.id)
 
 
 def _without(usage: Usage, job: Job, tasks: Iterable[Task]) -> None:
