@@ -26,6 +26,8 @@ from penstock_kit.names import parse_model
 
 DEFAULT_EPOCHS = 10
 DEFAULT_BATCH_SIZE = 32
+# Rows computed at once where a step is on all rows: many, as they only bound memory.
+DEFAULT_MICRO_BATCH = 1024
 DEFAULT_HELD_OUT = 0.2
 MAX_EPOCHS = 1_000_000
 MAX_BATCH_SIZE = 2**20
@@ -140,8 +142,6 @@ def plan_of(recipe: job_work_pb2.Recipe) -> Plan:
         choose("task", recipe.task, TASKS, f"{_FIELD}.recipe.task")
     epochs = recipe.epochs or DEFAULT_EPOCHS
     _check("epochs", epochs, low=1, high=MAX_EPOCHS)
-    batch_size = recipe.batch_size or DEFAULT_BATCH_SIZE
-    _check("batch_size", batch_size, low=1, high=MAX_BATCH_SIZE)
     held_out = recipe.held_out or DEFAULT_HELD_OUT
     _check("held_out", held_out, low=0.0, high=0.99)
     _check("clip_gradient_norm", recipe.clip_gradient_norm, low=0.0)
@@ -155,6 +155,9 @@ def plan_of(recipe: job_work_pb2.Recipe) -> Plan:
                 f"{_FIELD}.recipe.loss",
             )
     optimizer, learning_rate = _optimizer(recipe.optimizer)
+    usual = DEFAULT_MICRO_BATCH if OPTIMIZERS[optimizer.name].full_batch else DEFAULT_BATCH_SIZE
+    batch_size = recipe.batch_size or usual
+    _check("batch_size", batch_size, low=1, high=MAX_BATCH_SIZE)
     schedule = _schedule(recipe.schedule)
     _check_stopping(recipe)
     weights = _class_weights(recipe)
