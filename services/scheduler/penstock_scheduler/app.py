@@ -10,6 +10,8 @@ from collections.abc import Callable
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from penstock.scheduler.v1 import (
+    job_service_pb2,
+    job_service_pb2_grpc,
     node_service_pb2,
     node_service_pb2_grpc,
     routing_service_pb2,
@@ -22,8 +24,10 @@ from penstock_kit.errors import FailedPrecondition, PenstockError, Unavailable
 from penstock_kit.lifecycle import TaskSet
 from penstock_kit.rpc import RpcServer, open_channel
 from penstock_kit.telemetry import MetricsServer, configure_logging, configure_tracing, shutdown_tracing
+from penstock_scheduler.adapters.event_stream import RedisEventStream
 from penstock_scheduler.adapters.registry import GrpcRegistry
 from penstock_scheduler.adapters.work import SqlLeadership, SqlWorks
+from penstock_scheduler.api.jobs import JobServicer
 from penstock_scheduler.api.nodes import NodeServicer
 from penstock_scheduler.api.routing import RoutingServicer
 from penstock_scheduler.api.scheduler import SchedulerServicer
@@ -35,6 +39,9 @@ from penstock_scheduler.usecases.aliases import AliasFollower
 from penstock_scheduler.usecases.attach import AttachHub
 from penstock_scheduler.usecases.deployments import Deployments
 from penstock_scheduler.usecases.inspect import Inspect
+from penstock_scheduler.usecases.job_events import EventIntake, JobEvents
+from penstock_scheduler.usecases.job_results import JobResults
+from penstock_scheduler.usecases.jobs import Jobs
 from penstock_scheduler.usecases.nodes import Nodes
 from penstock_scheduler.usecases.reconcile import Reconciler
 from penstock_scheduler.usecases.rollouts import Rollouts
@@ -83,7 +90,12 @@ class Scheduler:
         self._leadership = SqlLeadership(self._engine)
         self._hub = AttachHub(self._wake)
         self.traffic = Traffic(self._wake)
-        self._reconciler = Reconciler(works, self._leadership, self._hub, self._wake, policy, self.traffic)
+        self._results = JobResults(registry, self._wake, lambda: self._reconciler.leading)
+        self._reconciler = Reconciler(
+            works, self._leadership, self._hub, self._wake, policy, self.traffic, self._results
+        )
+        self._stream = RedisEventStream(settings.redis_url)
+        self._intake = EventIntake(self._stream, works, self._wake, lambda: self._reconciler.leading)
         self._aliases = AliasFollower(
             works,
             registry,
@@ -104,6 +116,12 @@ class Scheduler:
                 self._reconciler,
             ),
             scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
+        )
+        jobs = Jobs(works, registry, self._wake, self._reconciler.jobs)
+        self._server.add(
+            job_service_pb2_grpc.add_JobServiceServicer_to_server,
+            JobServicer(jobs, JobEvents(works, jobs)),
+            job_service_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
         )
         self._server.add(
             node_service_pb2_grpc.add_NodeServiceServicer_to_server,
@@ -139,6 +157,7 @@ class Scheduler:
         await self._tasks.stop()
         await self._leadership.release()
         await self._server.stop(grace=1.0)
+        self._stream.close()
         await self._channel.close()
         await self._engine.dispose()
 
@@ -151,6 +170,8 @@ class Scheduler:
         self._tasks.run_forever("lead", self._leadership.beat)
         self._tasks.run_forever("listen", self._reconciler.listen)
         self._tasks.run_forever("aliases", self._aliases.run)
+        self._tasks.run_forever("events of jobs", self._intake.run)
+        self._tasks.run_forever("results of jobs", self._results.run)
 
     async def _prepare(self) -> bool:
         """Waits for a database with the right schema; whoever deploys may migrate it meanwhile."""

@@ -17,6 +17,9 @@ class SchedulerSettings(ServiceSettings):
     scheduler_listen: str = Field(
         "127.0.0.1:7102", description="host:port or unix:/path on which the scheduler listens"
     )
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", description="Redis that agents send the events of jobs through"
+    )
     join_token: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         repr=False,

@@ -11,9 +11,12 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.empty_pb2 import Empty
 
 from penstock.common.v1 import resources_pb2
 from penstock.registry.v1 import (
+    artifact_pb2,
+    artifact_service_pb2_grpc,
     manifest_pb2,
     model_pb2,
     registry_service_pb2_grpc,
@@ -21,6 +24,10 @@ from penstock.registry.v1 import (
 )
 from penstock.scheduler.v1 import (
     deployment_pb2,
+    job_pb2,
+    job_service_pb2,
+    job_service_pb2_grpc,
+    job_work_pb2,
     node_pb2,
     node_service_pb2,
     node_service_pb2_grpc,
@@ -31,7 +38,7 @@ from penstock.scheduler.v1 import (
     scheduler_service_pb2_grpc,
 )
 from penstock_kit.db import migrate
-from penstock_kit.errors import NotFound, Reason
+from penstock_kit.errors import NotFound, PenstockError, Reason
 from penstock_kit.rpc import RpcServer, open_channel
 from penstock_scheduler.app import Scheduler
 from penstock_scheduler.settings import SchedulerSettings
@@ -41,10 +48,15 @@ GIB = 1024**3
 PATIENCE_SECONDS = 60.0
 
 
-class CannedRegistry(registry_service_pb2_grpc.RegistryServiceServicer):
-    """Knows the versions and aliases that a test gives it; answers like the registry."""
+class CannedRegistry(
+    registry_service_pb2_grpc.RegistryServiceServicer, artifact_service_pb2_grpc.ArtifactServiceServicer
+):
+    """Knows the versions and aliases that a test gives it, and every artifact; answers like the registry."""
 
     def __init__(self) -> None:
+        self.finalized: list[str] = []
+        self.deleted: list[str] = []
+        self.refusal: PenstockError | None = None
         self.versions: dict[str, version_pb2.Version] = {}
         self.alias_of: dict[str, dict[str, int]] = {}
         self.calls = 0
@@ -82,7 +94,7 @@ class CannedRegistry(registry_service_pb2_grpc.RegistryServiceServicer):
         model = request.model.removeprefix("models/")
         if model not in self.alias_of:
             raise NotFound(f"There is no model {model}.", reason=Reason.MODEL_NOT_FOUND)
-        number = request.selector
+        number = request.selector or str(max(v.number for v in self.versions.values()))
         if not number.isdecimal():
             if number not in self.alias_of[model]:
                 raise NotFound(f"There is no alias {number}.", reason=Reason.ALIAS_NOT_FOUND)
@@ -104,6 +116,32 @@ class CannedRegistry(registry_service_pb2_grpc.RegistryServiceServicer):
                 for alias, number in self.alias_of[model].items()
             ],
         )
+
+    async def GetArtifact(self, request: Any, context: Any) -> artifact_pb2.Artifact:
+        name = request.name if "/versions/" in request.name else f"{request.name}/versions/3"
+        if name.startswith("artifacts/missing/"):
+            raise NotFound(f"There is no {name}.", reason=Reason.RESOURCE_NOT_FOUND)
+        return artifact_pb2.Artifact(name=name, state=artifact_pb2.ARTIFACT_STATE_READY)
+
+    async def FinalizeVersion(self, request: Any, context: Any) -> version_pb2.Version:
+        if self.refusal is not None:
+            raise self.refusal
+        self.finalized.append(request.name)
+        return version_pb2.Version(name=request.name)
+
+    async def FinalizeArtifact(self, request: Any, context: Any) -> artifact_pb2.Artifact:
+        if self.refusal is not None:
+            raise self.refusal
+        self.finalized.append(request.name)
+        return artifact_pb2.Artifact(name=request.name)
+
+    async def DeleteVersion(self, request: Any, context: Any) -> Empty:
+        self.deleted.append(request.name)
+        return Empty()
+
+    async def DeleteArtifact(self, request: Any, context: Any) -> Empty:
+        self.deleted.append(request.name)
+        return Empty()
 
 
 class ScriptedAgent:
@@ -138,6 +176,9 @@ class ScriptedAgent:
         )
         self.observed: dict[str, replica_pb2.ObservedReplica] = {}
         self.desired: dict[str, replica_pb2.ReplicaSpec] = {}
+        self.tasks: dict[str, job_pb2.TaskSpec] = {}
+        self.observed_tasks: dict[str, job_pb2.ObservedTask] = {}
+        self.works: Callable[[job_pb2.TaskSpec], job_pb2.ObservedTask | None] = run_task
         self.generation = 0
         self.generations: list[int] = []
         self.error: grpc.aio.AioRpcError | None = None
@@ -206,6 +247,18 @@ class ScriptedAgent:
                 self.say(name, replica_pb2.REPLICA_STATE_READY)
         for name in [n for n in self.observed if n not in self.desired]:
             del self.observed[name]
+        for name, task in self.tasks.items():
+            if (seen := self.works(task)) is not None:
+                seen.name = name
+                self.observed_tasks[name] = seen
+        for name in [n for n in self.observed_tasks if n not in self.tasks]:
+            del self.observed_tasks[name]
+        self._poke.set()
+
+    def say_task(self, name: str, state: str, **fields: Any) -> None:
+        """Reports a task."""
+        number = job_pb2.TaskState.Value(f"TASK_STATE_{state}")
+        self.observed_tasks[name] = job_pb2.ObservedTask(name=name, state=number, **fields)
         self._poke.set()
 
     async def _send(self, call: Any) -> None:
@@ -215,6 +268,7 @@ class ScriptedAgent:
                     node_service_pb2.AttachRequest(
                         node=self.node,
                         replicas=self.observed.values(),
+                        tasks=self.observed_tasks.values(),
                         observed_generation=self.generation,
                     )
                 )
@@ -230,10 +284,17 @@ class ScriptedAgent:
                 self.generation = response.generation
                 self.generations.append(response.generation)
                 self.desired = {spec.name: spec for spec in response.replicas}
+                self.tasks = {spec.name: spec for spec in response.tasks}
                 self.obey()
                 self._told.set()
         except grpc.aio.AioRpcError as error:
             self.error = error
+
+
+def run_task(spec: job_pb2.TaskSpec) -> job_pb2.ObservedTask | None:
+    """What an agent sees of a task that goes on and on, until it is to stop."""
+    state = job_pb2.TASK_STATE_STOPPED if spec.stopping else job_pb2.TASK_STATE_RUNNING
+    return job_pb2.ObservedTask(state=state, pid=4242)
 
 
 class Client:
@@ -243,6 +304,7 @@ class Client:
         self.channel = open_channel(address)
         self.stub: Any = scheduler_service_pb2_grpc.SchedulerServiceStub(self.channel)
         self.routing: Any = routing_service_pb2_grpc.RoutingServiceStub(self.channel)
+        self.jobs: Any = job_service_pb2_grpc.JobServiceStub(self.channel)
 
     async def create(
         self, name: str = "digits", *targets: deployment_pb2.Target, request_id: str = "", **fields: Any
@@ -310,6 +372,38 @@ class Client:
         number = deployment_pb2.DeploymentState.Value(f"DEPLOYMENT_STATE_{state}")
         return await self.until(name, lambda seen: seen.state == number)
 
+    async def create_job(self, name: str = "fit", *, request_id: str = "", **fields: Any) -> job_pb2.Job:
+        """Creates a job; one that profiles version 1 of the model digits, if nothing else is said."""
+        if not {"train", "convert", "compress", "profile", "evaluate", "batch_predict"} & fields.keys():
+            fields["profile"] = job_work_pb2.ProfileWork(version="digits:1")
+        job = job_pb2.Job(name=f"jobs/{name}", **fields)
+        return await self.jobs.CreateJob(job_service_pb2.CreateJobRequest(job=job, request_id=request_id))
+
+    async def job(self, name: str = "fit") -> job_pb2.Job:
+        """Gets a job."""
+        return await self.jobs.GetJob(job_service_pb2.GetJobRequest(name=f"jobs/{name}"))
+
+    async def cancel_job(self, name: str = "fit") -> job_pb2.Job:
+        """Cancels a job."""
+        return await self.jobs.CancelJob(job_service_pb2.CancelJobRequest(name=f"jobs/{name}"))
+
+    async def until_job(self, holds: Callable[[job_pb2.Job], bool] | str, name: str = "fit") -> job_pb2.Job:
+        """Waits until a job is as wanted, or in a state."""
+        if isinstance(holds, str):
+            number = job_pb2.JobState.Value(f"JOB_STATE_{holds}")
+            wanted: Callable[[job_pb2.Job], bool] = lambda seen: seen.state == number  # noqa: E731
+        else:
+            wanted = holds
+        seen = None
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                async for seen in self.jobs.WatchJob(job_service_pb2.WatchJobRequest(name=f"jobs/{name}")):
+                    if wanted(seen):
+                        return seen
+        except TimeoutError:
+            raise AssertionError(f"it stays as it is:\n{seen}") from None
+        raise AssertionError(f"the watch ended:\n{seen}")
+
     async def routes(
         self, holds: Callable[[dict[str, routing_service_pb2.Route]], bool] = lambda routes: True
     ) -> dict[str, routing_service_pb2.Route]:
@@ -366,6 +460,11 @@ class Bench:
             self.registry,
             "penstock.registry.v1.RegistryService",
         )
+        self._registry_server.add(
+            artifact_service_pb2_grpc.add_ArtifactServiceServicer_to_server,
+            self.registry,
+            "penstock.registry.v1.ArtifactService",
+        )
         await self._registry_server.start()
 
     async def stop_registry(self) -> None:
@@ -382,6 +481,8 @@ class Bench:
                 "registry_address": self.registry_address,
                 "scheduler_listen": self.address,
                 "alias_poll_seconds": 0.1,
+                # Nothing listens there; tests that send events say where Redis is.
+                "redis_url": "redis://127.0.0.1:1/0",
                 **self.overrides,
                 **overrides,
             }

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from penstock_kit.db import violated_constraint
 from penstock_kit.errors import Aborted, Internal, Reason
 from penstock_scheduler.adapters.documents import version_from_document
+from penstock_scheduler.adapters.jobs import SqlJobs
 from penstock_scheduler.adapters.mapping import (
     deployment_from_row,
     deployment_values,
@@ -36,9 +37,11 @@ from penstock_scheduler.adapters.rows import (
     NodeRow,
     ReplicaRow,
     RequestRow,
+    TaskAllocationRow,
     VersionRow,
 )
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState
+from penstock_scheduler.domain.job import Task
 from penstock_scheduler.domain.node import DeviceKind, Node, NodeState
 from penstock_scheduler.domain.planner import Plan
 from penstock_scheduler.domain.replica import Replica, ReplicaState
@@ -59,9 +62,10 @@ class SqlCluster:
     def __init__(self, session: AsyncSession, versions: dict[VersionKey, Version]) -> None:
         self._session = session
         self._versions = versions
+        self._jobs = SqlJobs(session)
 
     async def load(self) -> Stored:
-        """See `ClusterStore.load`. Five statements, whatever the size of the cluster."""
+        """See `ClusterStore.load`. A few statements, whatever the size of the cluster."""
         session = self._session
         devices: dict[str, list[DeviceRow]] = defaultdict(list)
         for device in await session.scalars(select(DeviceRow)):
@@ -80,12 +84,16 @@ class SqlCluster:
         for deployment in deployments:
             for spec in (deployment.asked, deployment.serving):
                 needed.update(target.version for target in (spec.targets if spec else ()))
+        jobs, tasks, marks = await self._jobs.load()
         return Stored(
             nodes={n.name: n for n in nodes},
             deployments={d.name: d for d in deployments},
             replicas={r.id: r for r in replicas},
             versions=await self.load_versions(needed),
             aliases={row.model: row.aliases for row in await session.scalars(select(AliasesRow))},
+            jobs=jobs,
+            tasks=tasks,
+            job_marks=marks,
         )
 
     async def load_versions(self, keys: set[VersionKey]) -> Mapping[VersionKey, Version]:
@@ -117,9 +125,11 @@ class SqlCluster:
         try:
             if stopped:
                 await session.execute(delete(AllocationRow).where(AllocationRow.replica.in_(stopped)))
+            await self._jobs.free([task for task in plan.tasks if not task.placed])
             await self._save_nodes(plan.nodes)
             await self._save_replicas(plan.replicas, uids)
-            await self._allocate([r for r in plan.replicas if r.placed])
+            await self._jobs.save(plan.jobs, plan.tasks)
+            await self._allocate([r for r in plan.replicas if r.placed], [t for t in plan.tasks if t.placed])
             for deployment in plan.deployments:
                 await self._save_deployment(deployment)
             for key, count in plan.measured:
@@ -155,6 +165,7 @@ class SqlCluster:
             select(NodeRow.name)
             .where(NodeRow.state == NodeState.LOST.name, NodeRow.last_seen_time < before)
             .where(~exists().where(ReplicaRow.node == NodeRow.name))
+            .where(~exists().where(TaskAllocationRow.node == NodeRow.name))
         )
         names = list(await self._session.scalars(gone))
         await self._session.execute(delete(DeviceRow).where(DeviceRow.node.in_(names)))
@@ -265,14 +276,20 @@ class SqlCluster:
                 statement.on_conflict_do_update(index_elements=["id"], set_=_excluded(statement, changing))
             )
 
-    async def _allocate(self, replicas: Sequence[Replica]) -> None:
-        """Gives every replica its part of its node; those that have it already keep it."""
+    async def _allocate(self, replicas: Sequence[Replica], tasks: Sequence[Task]) -> None:
+        """Gives replicas and tasks their parts of nodes; those that have them already keep them."""
         query = select(AllocationRow.replica).where(AllocationRow.replica.in_([r.id for r in replicas]))
         held = set(await self._session.scalars(query)) if replicas else set()
         fresh = [r for r in replicas if r.id not in held]
+        keeping = {task.id for task in await self._jobs.held(tasks)}
+        new_tasks = [task for task in tasks if task.id not in keeping]
+        if not fresh and not new_tasks:
+            return
+        sizes = await self._take_in({r.node for r in fresh} | {task.node for task in new_tasks})
+        if new_tasks:
+            await self._jobs.allocate(new_tasks, sizes)
         if not fresh:
             return
-        sizes = await self._take_in({r.node for r in fresh})
         now = datetime.now(UTC)
         await self._session.execute(
             insert(AllocationRow),

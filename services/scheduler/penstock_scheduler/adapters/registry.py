@@ -6,22 +6,32 @@ from collections.abc import Mapping
 
 import grpc
 
+from penstock.registry.v1 import (
+    artifact_pb2,
+    artifact_service_pb2,
+    artifact_service_pb2_grpc,
+    registry_service_pb2_grpc,
+    version_pb2,
+)
 from penstock.registry.v1 import registry_service_pb2 as pb
-from penstock.registry.v1 import registry_service_pb2_grpc, version_pb2
-from penstock_kit.errors import DeadlineExceeded, FailedPrecondition, Reason, Unavailable
+from penstock_kit.errors import DeadlineExceeded, FailedPrecondition, NotFound, Reason, Unavailable
 from penstock_scheduler.adapters.documents import version_from_message
 from penstock_scheduler.domain.version import Version
 from penstock_scheduler.usecases.ports import AliasNow
 
 RESOLVE_TIMEOUT_SECONDS = 3.0
 POLL_TIMEOUT_SECONDS = 2.0
+# The registry reads all files of a version before it calls it READY.
+FINALIZE_TIMEOUT_SECONDS = 120.0
+DELETE_TIMEOUT_SECONDS = 10.0
 
 
 class GrpcRegistry:
-    """Implements `Registry` on a channel of `penstock_kit.rpc.open_channel`."""
+    """Implements `Registry` and `ResultStore` on a channel of `penstock_kit.rpc.open_channel`."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = registry_service_pb2_grpc.RegistryServiceStub(channel)
+        self._artifacts = artifact_service_pb2_grpc.ArtifactServiceStub(channel)
 
     async def resolve(self, model: str, selector: str) -> Version:
         """See `Registry.resolve`."""
@@ -29,16 +39,11 @@ class GrpcRegistry:
         try:
             found = await self._stub.ResolveVersion(request, timeout=RESOLVE_TIMEOUT_SECONDS)
         except DeadlineExceeded as error:
-            # Our deadline, not the caller's, who may have time to try again.
-            raise Unavailable(
-                f"The registry did not answer within {RESOLVE_TIMEOUT_SECONDS:g} s. Retry.",
-                reason=Reason.DEPENDENCY_UNAVAILABLE,
-                metadata={"dependency": "registry"},
-            ) from error
+            raise _late(RESOLVE_TIMEOUT_SECONDS) from error
         if found.state != version_pb2.VERSION_STATE_READY:
             state = version_pb2.VersionState.Name(found.state).removeprefix("VERSION_STATE_")
             raise FailedPrecondition(
-                f"{found.name} is {state}; only a READY version can be deployed.",
+                f"{found.name} is {state}; only a READY version can be used.",
                 reason=Reason.WRONG_STATE,
                 metadata={"version": found.name, "state": state},
             )
@@ -52,3 +57,65 @@ class GrpcRegistry:
             alias.name.rpartition("/")[2]: AliasNow(alias.version, alias.updated_by)
             for alias in found.aliases
         }
+
+    async def artifact(self, name: str) -> str:
+        """See `Registry.artifact`."""
+        request = artifact_service_pb2.GetArtifactRequest(name=name)
+        try:
+            found = await self._artifacts.GetArtifact(request, timeout=RESOLVE_TIMEOUT_SECONDS)
+        except DeadlineExceeded as error:
+            raise _late(RESOLVE_TIMEOUT_SECONDS) from error
+        if found.state != artifact_pb2.ARTIFACT_STATE_READY:
+            state = artifact_pb2.ArtifactState.Name(found.state).removeprefix("ARTIFACT_STATE_")
+            raise FailedPrecondition(
+                f"{found.name} is {state}; only a READY artifact can be used.",
+                reason=Reason.WRONG_STATE,
+                metadata={"artifact": found.name, "state": state},
+            )
+        return str(found.name)
+
+    async def newest(self, model: str) -> str:
+        """See `Registry.newest`."""
+        request = pb.ResolveVersionRequest(model=f"models/{model}")
+        try:
+            found = await self._stub.ResolveVersion(request, timeout=RESOLVE_TIMEOUT_SECONDS)
+        except DeadlineExceeded as error:
+            raise _late(RESOLVE_TIMEOUT_SECONDS) from error
+        return str(found.name)
+
+    async def finalize(self, name: str) -> None:
+        """See `ResultStore.finalize`."""
+        try:
+            if name.startswith("artifacts/"):
+                request = artifact_service_pb2.FinalizeArtifactRequest(name=name)
+                await self._artifacts.FinalizeArtifact(request, timeout=FINALIZE_TIMEOUT_SECONDS)
+            else:
+                await self._stub.FinalizeVersion(
+                    pb.FinalizeVersionRequest(name=name), timeout=FINALIZE_TIMEOUT_SECONDS
+                )
+        except DeadlineExceeded as error:
+            raise _late(FINALIZE_TIMEOUT_SECONDS) from error
+
+    async def delete(self, name: str) -> None:
+        """See `ResultStore.delete`."""
+        try:
+            if name.startswith("artifacts/"):
+                request = artifact_service_pb2.DeleteArtifactRequest(name=name)
+                await self._artifacts.DeleteArtifact(request, timeout=DELETE_TIMEOUT_SECONDS)
+            else:
+                await self._stub.DeleteVersion(
+                    pb.DeleteVersionRequest(name=name), timeout=DELETE_TIMEOUT_SECONDS
+                )
+        except NotFound:
+            return
+        except DeadlineExceeded as error:
+            raise _late(DELETE_TIMEOUT_SECONDS) from error
+
+
+def _late(seconds: float) -> Unavailable:
+    """Our deadline, not the caller's, who may have time to try again."""
+    return Unavailable(
+        f"The registry did not answer within {seconds:g} s. Retry.",
+        reason=Reason.DEPENDENCY_UNAVAILABLE,
+        metadata={"dependency": "registry"},
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any
 
-from sqlalchemy import BigInteger, DateTime, Identity, Integer, LargeBinary, Text
+from sqlalchemy import BigInteger, DateTime, Identity, Integer, LargeBinary, SmallInteger, Text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -208,6 +208,120 @@ class AllocationDeviceRow(Base):
 
     __tablename__ = "allocation_devices"
     replica: Mapped[Key]
+    device: Mapped[Key]
+    node: Mapped[Str]
+    memory_bytes: Mapped[Big]
+
+
+class JobRow(Base):
+    """A job; the intake of events alone writes progress, metrics, last_event, log_lines and checkpoints."""
+
+    __tablename__ = "jobs"
+    id: Mapped[Key]
+    project: Mapped[Str]
+    priority: Mapped[Int]
+    labels: Mapped[Json]
+    kind: Mapped[Str]
+    work: Mapped[bytes] = mapped_column(LargeBinary)
+    gang: Mapped[Json]
+    max_restarts: Mapped[Int]
+    timeout_seconds: Mapped[float | None]
+    created_by: Mapped[Str]
+    state: Mapped[Str]
+    message: Mapped[Str]
+    failure_reason: Mapped[Str]
+    cancelling: Mapped[bool]
+    stop: Mapped[str | None] = mapped_column(Text)
+    attempt: Mapped[Int]
+    restarts: Mapped[Int]
+    losses: Mapped[Int]
+    tasks_made: Mapped[Int]
+    not_before: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    start_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    placed_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    ran_seconds: Mapped[float]
+    end_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    results: Mapped[Json]
+    leftovers: Mapped[Json]
+    report: Mapped[bytes] = mapped_column(LargeBinary)
+    revision: Mapped[Big]
+    request_id: Mapped[Str]
+    fingerprint: Mapped[Str]
+    progress: Mapped[bytes] = mapped_column(LargeBinary, server_default="")
+    metrics: Mapped[Any] = mapped_column(JSONB, server_default="{}")
+    last_event: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    log_lines: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    checkpoints: Mapped[Any] = mapped_column(JSONB, server_default="[]")
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]
+
+
+class JobNameRow(Base):
+    """The name of a job that was deleted, and how many tasks it had."""
+
+    __tablename__ = "job_names"
+    id: Mapped[Key]
+    tasks_made: Mapped[Int]
+
+
+class TaskRow(Base):
+    """A task of a job; the intake of events alone writes stored_event."""
+
+    __tablename__ = "job_tasks"
+    job: Mapped[Key]
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    index: Mapped[Int]
+    attempt: Mapped[Int]
+    state: Mapped[Str]
+    order: Mapped[Str]
+    message: Mapped[Str]
+    node: Mapped[str | None] = mapped_column(Text)
+    devices: Mapped[Json]
+    resources: Mapped[Json]
+    pid: Mapped[Int]
+    rendezvous: Mapped[Str]
+    last_event: Mapped[Big]
+    stored_event: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    create_time: Mapped[Time]
+    update_time: Mapped[Time]
+
+
+class JobEventRow(Base):
+    """Something that happened in a job, as its agent said it."""
+
+    __tablename__ = "job_events"
+    job: Mapped[Key]
+    sequence: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    task: Mapped[Int]
+    number: Mapped[Big]
+    kind: Mapped[int] = mapped_column(SmallInteger)
+    time: Mapped[Time]
+    document: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class TaskAllocationRow(Base):
+    """A part of a node held by a task."""
+
+    __tablename__ = "task_allocations"
+    job: Mapped[Key]
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    node: Mapped[Str]
+    cpu_millis: Mapped[Big]
+    memory_bytes: Mapped[Big]
+    gpus: Mapped[Int]
+    gpu_memory_bytes: Mapped[Big]
+    gpu_memory_millis: Mapped[Int]
+    digest: Mapped[Str]
+    disk_bytes: Mapped[Big]
+    create_time: Mapped[Time]
+
+
+class TaskAllocationDeviceRow(Base):
+    """A GPU, or a part of its memory, held by a task; memory 0 means the whole GPU."""
+
+    __tablename__ = "task_allocation_devices"
+    job: Mapped[Key]
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
     device: Mapped[Key]
     node: Mapped[Str]
     memory_bytes: Mapped[Big]

@@ -15,6 +15,8 @@ from penstock_kit.db import UnitOfWork, database_errors
 from penstock_kit.errors import PenstockError
 from penstock_scheduler.adapters.cluster import SqlCluster, refused
 from penstock_scheduler.adapters.deployments import SqlDeployments
+from penstock_scheduler.adapters.job_events import SqlJobEvents
+from penstock_scheduler.adapters.jobs import SqlJobs
 from penstock_scheduler.adapters.rollouts import SqlRollouts
 from penstock_scheduler.domain.version import Version, VersionKey
 
@@ -64,6 +66,8 @@ class SqlWork(UnitOfWork):
         self.deployments = SqlDeployments(session)
         self.cluster = SqlCluster(session, self._versions)
         self.rollouts = SqlRollouts(session)
+        self.jobs = SqlJobs(session)
+        self.job_events = SqlJobEvents(session)
 
     async def commit(self) -> None:
         """Makes the transaction durable; rules that look at the whole speak now.

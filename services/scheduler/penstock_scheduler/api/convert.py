@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from penstock.common.v1 import resources_pb2
 from penstock.registry.v1 import version_pb2
-from penstock.scheduler.v1 import deployment_pb2, node_pb2, node_service_pb2, replica_pb2, routing_service_pb2
+from penstock.scheduler.v1 import deployment_pb2, node_pb2, replica_pb2, routing_service_pb2
 from penstock_kit import names
 from penstock_kit.errors import InvalidArgument
 from penstock_kit.queue.keys import queue_name
@@ -64,20 +64,11 @@ def asked_from_message(message: deployment_pb2.Deployment) -> Asked:
     Raises:
         InvalidArgument: a field is wrong; the message names it.
     """
-    resources, batching = message.resources, message.batching
+    batching = message.batching
     return Asked(
         targets=tuple(_target_asked(target) for target in message.targets),
         replicas=check_replicas(message.replicas),
-        resources=check_resources(
-            Resources(
-                cpu_millis=resources.cpu_millis,
-                memory_bytes=resources.memory_bytes,
-                gpus=resources.gpus,
-                gpu_memory_bytes=resources.gpu_memory_bytes,
-                gpu_memory_millis=resources.gpu_memory_millis,
-                disk_bytes=resources.disk_bytes,
-            )
-        ),
+        resources=check_resources(resources_from_message(message.resources)),
         batching=check_batching(
             Batching(
                 batching.max_batch_size,
@@ -180,7 +171,7 @@ def deployment_to_message(view: DeploymentView) -> deployment_pb2.Deployment:
         name=names.deployment_name(deployment.name),
         targets=targets_to_messages(spec.targets, view.ready),
         replicas=spec.replicas,
-        resources=_resources(spec.resources),
+        resources=resources_to_message(spec.resources),
         batching=None if spec.batching is None else _batching(spec.batching),
         labels=dict(deployment.labels),
         state=_deployment_state(deployment.state),
@@ -232,7 +223,7 @@ def replica_to_message(replica: Replica) -> replica_pb2.Replica:
         message=replica.message,
         node=names.node_name(replica.node) if replica.node else "",
         devices=replica.devices,
-        resources=_resources(replica.resources),
+        resources=resources_to_message(replica.resources),
         restarts=replica.restarts,
         pid=replica.pid,
         create_time=time_to_message(replica.create_time),
@@ -247,7 +238,7 @@ def allocation_to_message(view: AllocationView) -> node_pb2.Allocation:
         name=f"allocations/{replica.id}",
         holder=names.replica_name(replica.id),
         node=names.node_name(replica.node),
-        resources=_resources(replica.resources),
+        resources=resources_to_message(replica.resources),
         devices=replica.devices,
         create_time=time_to_message(view.create_time),
     )
@@ -256,14 +247,8 @@ def allocation_to_message(view: AllocationView) -> node_pb2.Allocation:
 # -- agents -----------------------------------------------------------------------------------------
 
 
-def desired_to_message(generation: int, desired: Iterable[Desired]) -> node_service_pb2.AttachResponse:
-    """What an agent is told."""
-    return node_service_pb2.AttachResponse(
-        generation=generation, replicas=[_replica_spec(item) for item in desired]
-    )
-
-
-def _replica_spec(desired: Desired) -> replica_pb2.ReplicaSpec:
+def replica_spec(desired: Desired) -> replica_pb2.ReplicaSpec:
+    """What an agent is told of a replica."""
     replica = desired.replica
     document = _document(desired.version.document)
     return replica_pb2.ReplicaSpec(
@@ -274,7 +259,7 @@ def _replica_spec(desired: Desired) -> replica_pb2.ReplicaSpec:
         manifest=document.manifest,
         files=document.files,
         batching=_batching(replica.batching),
-        resources=_resources(replica.resources),
+        resources=resources_to_message(replica.resources),
         devices=replica.devices,
         queue=queue_name(replica.deployment, replica.version.number, replica.digest),
         draining=desired.draining,
@@ -350,7 +335,20 @@ def targets_to_messages(
     return messages
 
 
-def _resources(resources: Resources) -> resources_pb2.Resources:
+def resources_from_message(message: resources_pb2.Resources) -> Resources:
+    """Needs as a caller states them."""
+    return Resources(
+        cpu_millis=message.cpu_millis,
+        memory_bytes=message.memory_bytes,
+        gpus=message.gpus,
+        gpu_memory_bytes=message.gpu_memory_bytes,
+        gpu_memory_millis=message.gpu_memory_millis,
+        disk_bytes=message.disk_bytes,
+    )
+
+
+def resources_to_message(resources: Resources) -> resources_pb2.Resources:
+    """Needs for callers and agents."""
     return resources_pb2.Resources(
         cpu_millis=resources.cpu_millis,
         memory_bytes=resources.memory_bytes,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from penstock.scheduler.v1 import node_pb2, replica_pb2
+from penstock.scheduler.v1 import node_pb2, node_service_pb2, replica_pb2
 from penstock.scheduler.v1 import scheduler_service_pb2 as pb
 from penstock_kit import names
 from penstock_kit.errors import InvalidArgument
-from penstock_scheduler.api.convert import time_to_message
+from penstock_scheduler.api.convert import replica_spec, time_to_message
+from penstock_scheduler.api.job_messages import task_spec
 from penstock_scheduler.domain.constraints import Taint
 from penstock_scheduler.domain.node import CPU_DEVICE, Device, DeviceKind, Node
 from penstock_scheduler.domain.replica import Observed, ReplicaState
@@ -18,6 +19,7 @@ from penstock_scheduler.domain.validate_nodes import (
     check_reported,
     check_taints,
 )
+from penstock_scheduler.usecases.attach import Wanted
 from penstock_scheduler.usecases.nodes import CHANGEABLE
 from penstock_scheduler.usecases.ports import NodeView, OperatorSays
 
@@ -114,6 +116,15 @@ def node_from_message(message: node_pb2.Node) -> Node:
             disk_bytes_free=message.disk_bytes_free,
             instance=message.instance,
         )
+    )
+
+
+def wanted_to_message(wanted: Wanted) -> node_service_pb2.AttachResponse:
+    """What an agent is told."""
+    return node_service_pb2.AttachResponse(
+        generation=wanted.generation,
+        replicas=[replica_spec(desired) for desired in wanted.replicas],
+        tasks=[task_spec(desired) for desired in wanted.tasks],
     )
 
 

@@ -13,7 +13,7 @@ from penstock.scheduler.v1 import node_service_pb2_grpc
 from penstock_kit.errors import InvalidArgument, PenstockError
 from penstock_kit.joining import JOIN_TOKEN_KEY
 from penstock_kit.lifecycle import TaskSet
-from penstock_scheduler.api import convert, node_messages
+from penstock_scheduler.api import job_messages, node_messages
 from penstock_scheduler.domain.joining import Doorkeeper
 from penstock_scheduler.usecases.attach import AttachHub, Session
 
@@ -42,14 +42,15 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
             raise InvalidArgument("An agent begins by saying what its node is; nothing came.") from None
         node = node_messages.node_from_message(first.node)
         replicas = node_messages.observed_from_messages(first.replicas)
+        tasks = job_messages.observed_tasks_from_messages(first.tasks)
         if node.instance:
             await self._hub.informed(INFORMED_SECONDS)
         session = self._hub.open(node.name, node.instance)
-        self._hub.report(session, node, replicas)
+        self._hub.report(session, node, replicas, tasks)
         reader = self._tasks.spawn(f"reports of {node.name}", self._read(session, request_iterator))
         try:
             while (wanted := await session.next()) is not None:
-                yield convert.desired_to_message(wanted.generation, wanted.replicas)
+                yield node_messages.wanted_to_message(wanted)
         finally:
             reader.cancel()
             self._hub.close(session)
@@ -67,7 +68,12 @@ class NodeServicer(node_service_pb2_grpc.NodeServiceServicer):
                     raise InvalidArgument(
                         f"This stream is of another installation of nodes/{node.name}; attach anew."
                     )
-                self._hub.report(session, node, node_messages.observed_from_messages(request.replicas))
+                self._hub.report(
+                    session,
+                    node,
+                    node_messages.observed_from_messages(request.replicas),
+                    job_messages.observed_tasks_from_messages(request.tasks),
+                )
         except PenstockError as error:
             session.end(error)
         else:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 from google.protobuf.empty_pb2 import Empty
-from google.protobuf.message import Message
 
 from penstock.scheduler.v1 import deployment_pb2, node_pb2
 from penstock.scheduler.v1 import scheduler_service_pb2 as pb
@@ -17,6 +15,7 @@ from penstock_kit.errors import InvalidArgument
 from penstock_kit.rpc import principal
 from penstock_scheduler.api import convert, node_messages
 from penstock_scheduler.api.paging import decode_number, decode_token, encode_token, page_size
+from penstock_scheduler.api.requests import fingerprint, request_id
 from penstock_scheduler.api.rollouts import RolloutServicer
 from penstock_scheduler.usecases.deployments import Changes, Deployments
 from penstock_scheduler.usecases.inspect import Inspect
@@ -27,7 +26,6 @@ from penstock_scheduler.usecases.watch import watch_deployment
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-MAX_REQUEST_ID = 128
 _CHANGEABLE = (
     "targets",
     "replicas",
@@ -74,8 +72,8 @@ class SchedulerServicer(RolloutServicer):
             name,
             convert.asked_from_message(request.deployment),
             actor=principal(),
-            request_id=_request_id(request.request_id),
-            fingerprint=_fingerprint(request),
+            request_id=request_id(request.request_id),
+            fingerprint=fingerprint(request),
         )
         return convert.deployment_to_message(view)
 
@@ -113,8 +111,8 @@ class SchedulerServicer(RolloutServicer):
             name,
             changes,
             actor=principal(),
-            request_id=_request_id(request.request_id),
-            fingerprint=_fingerprint(request),
+            request_id=request_id(request.request_id),
+            fingerprint=fingerprint(request),
         )
         return convert.deployment_to_message(view)
 
@@ -228,21 +226,3 @@ def _fields(request: pb.UpdateDeploymentRequest) -> frozenset[str]:
                 metadata={"field": "update_mask"},
             )
     return frozenset(paths)
-
-
-def _request_id(text: str) -> str:
-    if len(text) > MAX_REQUEST_ID or not text.isprintable():
-        raise InvalidArgument(
-            f"request_id must be at most {MAX_REQUEST_ID} printable characters, such as a UUID.",
-            metadata={"field": "request_id"},
-        )
-    return text
-
-
-def _fingerprint(request: Message) -> str:
-    """What a request asks for, in short: a repeated request_id must ask for the same."""
-    content = type(request)()
-    content.CopyFrom(request)
-    content.ClearField("request_id")
-    kind = type(request).__name__.encode()
-    return hashlib.blake2b(kind + content.SerializeToString(deterministic=True), digest_size=16).hexdigest()

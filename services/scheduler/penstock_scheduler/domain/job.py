@@ -83,6 +83,15 @@ class TaskState(Enum):
     STOPPED = 6
 
 
+class EventKind(Enum):
+    """What happened in a job; values are those of scheduler/v1/job_service.proto."""
+
+    PROGRESS = 1
+    METRICS = 2
+    LOG = 3
+    CHECKPOINT = 4
+
+
 class Order(Enum):
     """What the agent is told about a task."""
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from penstock_kit.errors import Aborted, PenstockError, Reason, Unavailable
+from penstock_scheduler.domain.job import Job, ObservedTask, Order, Task
 from penstock_scheduler.domain.node import Node, NodeState, Report
 from penstock_scheduler.domain.planner import Snapshot
 from penstock_scheduler.domain.replica import Observed, Replica, ReplicaState
@@ -35,11 +37,29 @@ class Desired:
 
 
 @dataclass(frozen=True, slots=True)
+class DesiredTask:
+    """One task of a job that should run on a node, or has ended and is not forgotten yet."""
+
+    task: Task
+    job: Job
+    tasks: int
+    """How many the attempt has."""
+    rendezvous: str = ""
+    """Where the ranks meet, once the leading task has said it; never for itself."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it is to write a checkpoint and end."""
+        return self.task.order is Order.STOP
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """The desired state of a node; its generation grows with every change."""
 
     generation: int
     replicas: tuple[Desired, ...]
+    tasks: tuple[DesiredTask, ...] = ()
 
 
 class Session:
@@ -90,6 +110,7 @@ class _Heard:
         self.session: Session | None = None
         self.node: Node | None = None
         self.replicas: Mapping[str, Observed] = {}
+        self.tasks: Mapping[str, ObservedTask] = {}
 
 
 class AttachHub:
@@ -167,15 +188,21 @@ class AttachHub:
             heard.at = self._clock()
             self._wakeup.wake()
 
-    def report(self, session: Session, node: Node, replicas: Mapping[str, Observed]) -> None:
+    def report(
+        self,
+        session: Session,
+        node: Node,
+        replicas: Mapping[str, Observed],
+        tasks: Mapping[str, ObservedTask],
+    ) -> None:
         """Takes up a report; wakes the reconcile loop if it says anything new."""
         heard = self._heard.get(session.node)
         if heard is None or heard.session is not session:
             return
         heard.at = self._clock()
-        news = node != heard.node or replicas != heard.replicas
+        news = node != heard.node or replicas != heard.replicas or tasks != heard.tasks
         # Kept in any case: how much memory replicas use is no news, but the next pass looks at it.
-        heard.node, heard.replicas = node, replicas
+        heard.node, heard.replicas, heard.tasks = node, replicas, tasks
         if news:
             self._wakeup.wake()
 
@@ -194,7 +221,7 @@ class AttachHub:
         """
         now = self._clock()
         reports = {
-            name: Report(h.node, h.replicas, h.session is not None, max(0.0, now - max(h.at, since)))
+            name: Report(h.node, h.replicas, h.session is not None, max(0.0, now - max(h.at, since)), h.tasks)
             for name, h in self._heard.items()
             if h.node is not None or name in expected
         }
@@ -222,15 +249,18 @@ class AttachHub:
                 handed_over = ending and (replica.deployment, replica.version) in answering
                 ordered = Desired(replica, snapshot.versions[replica.version], handed_over)
                 per_node[replica.node].append(ordered)
+        tasks_per_node = _tasks_by_node(snapshot)
         for name, desired in per_node.items():
             replicas = tuple(sorted(desired, key=lambda d: d.replica.id))
+            tasks = tuple(tasks_per_node[name])
             known = self._wanted.get(name)
             # A replica's spec never changes but for draining; its state is the agent's own news.
-            if known is not None and _gist(known.replicas) == _gist(replicas):
+            same = known is not None and _gist(known.replicas) == _gist(replicas)
+            if same and known is not None and _task_gist(known.tasks) == _task_gist(tasks):
                 continue
             # The time keeps generations growing over restarts of the scheduler.
             generation = max(known.generation + 1 if known else 1, time.time_ns() // 1000)
-            self._wanted[name] = wanted = Wanted(generation, replicas)
+            self._wanted[name] = wanted = Wanted(generation, replicas, tasks)
             heard = self._heard.get(name)
             if heard is not None and heard.session is not None:
                 heard.session.tell(wanted)
@@ -266,3 +296,27 @@ class AttachHub:
 
 def _gist(desired: tuple[Desired, ...]) -> tuple[tuple[str, bool], ...]:
     return tuple((d.replica.id, d.draining) for d in desired)
+
+
+def _task_gist(desired: tuple[DesiredTask, ...]) -> tuple[tuple[object, ...], ...]:
+    return tuple((d.task.id, d.task.order, d.task.stored_event, d.rendezvous) for d in desired)
+
+
+def _tasks_by_node(snapshot: Snapshot) -> Mapping[str, list[DesiredTask]]:
+    """What agents are told of tasks: those that are to run or to stop, and those whose events are missing."""
+    leaders: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for task in snapshot.tasks.values():
+        if task.attempt == snapshot.jobs[task.job].attempt:
+            counts[task.job] += 1
+            if task.index == 0:
+                leaders[task.job] = task.rendezvous
+    per_node: dict[str, list[DesiredTask]] = defaultdict(list)
+    for id_ in sorted(snapshot.tasks):
+        task = snapshot.tasks[id_]
+        if not task.placed or task.order is Order.END:
+            continue
+        rendezvous = leaders.get(task.job, "") if task.index else ""
+        job = snapshot.jobs[task.job]
+        per_node[task.node].append(DesiredTask(task, job, counts[task.job], rendezvous))
+    return per_node

@@ -7,6 +7,7 @@ from collections import Counter as Tally
 from prometheus_client import Counter, Gauge, Histogram
 
 from penstock_scheduler.domain.deployment import DeploymentState
+from penstock_scheduler.domain.job import ENDED, JobState
 from penstock_scheduler.domain.node import NodeState
 from penstock_scheduler.domain.planner import Snapshot
 from penstock_scheduler.domain.replica import ReplicaState
@@ -23,6 +24,7 @@ LEADING = Gauge("penstock_scheduler_leading", "1 while this scheduler leads")
 _NODES = Gauge("penstock_scheduler_nodes", "Nodes by state", ["state"])
 _DEPLOYMENTS = Gauge("penstock_scheduler_deployments", "Deployments by state", ["state"])
 _REPLICAS = Gauge("penstock_scheduler_replicas", "Replicas by state", ["state"])
+_JOBS = Gauge("penstock_scheduler_jobs", "Jobs that have not ended, by state", ["state"])
 _DESIRED = Gauge(
     "penstock_scheduler_desired_replicas",
     "Replicas of each target that the load asks for, of deployments with autoscaling",
@@ -42,6 +44,10 @@ def count(snapshot: Snapshot) -> None:
     for replica_state in ReplicaState:
         if replica_state is not ReplicaState.STOPPED:
             _REPLICAS.labels(replica_state.name).set(replicas[replica_state])
+    jobs = Tally(job.state for job in snapshot.jobs.values())
+    for job_state in JobState:
+        if job_state not in ENDED:
+            _JOBS.labels(job_state.name).set(jobs[job_state])
     # Of deployments that are gone nothing is to be left.
     _DESIRED.clear()
     for deployment in snapshot.deployments.values():

@@ -10,6 +10,8 @@ from typing import Protocol, Self
 
 from penstock_scheduler.domain.constraints import Taint
 from penstock_scheduler.domain.deployment import Deployment, Revision, Target
+from penstock_scheduler.domain.job import EventKind, Job, JobState, Task
+from penstock_scheduler.domain.job_events import JobEvent
 from penstock_scheduler.domain.node import Node
 from penstock_scheduler.domain.planner import Plan
 from penstock_scheduler.domain.replica import Replica
@@ -71,6 +73,41 @@ class AllocationView:
 
 
 @dataclass(frozen=True, slots=True)
+class JobMark:
+    """What grows whenever a watcher of a job would see something change."""
+
+    revision: int
+    last_event: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """A caller's key that makes a retry safe, if there is one, and what was asked for with it."""
+
+    id: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as callers see it.
+
+    Attributes:
+        job: the job.
+        tasks: those of its present attempt, or of the last one.
+        progress: the latest one, as a serialized scheduler.v1.JobProgress.
+        metrics: the latest value of each.
+        last_event: number of its last stored event.
+    """
+
+    job: Job
+    tasks: tuple[Task, ...] = ()
+    progress: bytes = b""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    last_event: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """The cluster as the database has it."""
 
@@ -79,6 +116,9 @@ class Stored:
     replicas: Mapping[str, Replica]
     versions: Mapping[VersionKey, Version]
     aliases: Mapping[str, Mapping[str, int]]
+    jobs: Mapping[str, Job] = field(default_factory=dict)
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    job_marks: Mapping[str, JobMark] = field(default_factory=dict)
 
 
 class DeploymentStore(Protocol):
@@ -198,6 +238,63 @@ class RolloutStore(Protocol):
         """What callers of that name got at a moment, and since when; None if nobody knows."""
 
 
+class JobEventStore(Protocol):
+    """Events of jobs in the open transaction."""
+
+    async def take_in(self, events: Sequence[JobEvent]) -> int:
+        """Stores events of tasks, exactly once each, and how many of them.
+
+        Of each task only what follows the last one that is stored: what comes twice, after a gap, or of a
+        task that nobody knows is passed over.
+        """
+
+    async def page(
+        self, job_id: str, after: int, limit: int, kinds: Collection[EventKind]
+    ) -> Sequence[JobEvent]:
+        """Events with a sequence above `after`, in their order; no kinds let all through."""
+
+
+class JobStore(Protocol):
+    """Jobs in the open transaction."""
+
+    async def add(self, job: Job, kind: str, request: JobRequest) -> Job:
+        """Stores a new one; a name that was used before goes on counting its tasks.
+
+        Raises:
+            AlreadyExists: the name is taken.
+        """
+
+    async def claim(self, request: JobRequest) -> str | None:
+        """The id of the job that an earlier request of this id made; None if the id is new or empty.
+
+        A second request of the same id waits until the transaction of the first has ended.
+
+        Raises:
+            FailedPrecondition: the id was used for something else.
+        """
+
+    async def get(self, job_id: str, *, lock: bool = False) -> Job | None:
+        """One; with `lock` nobody else changes it until the transaction ends."""
+
+    async def replace(self, job: Job) -> None:
+        """Stores what changed of one.
+
+        Raises:
+            Aborted: somebody changed it since it was read.
+        """
+
+    async def remove(self, job: Job) -> None:
+        """Forgets one that has ended, with its tasks and events."""
+
+    async def view(self, job_id: str) -> JobView | None:
+        """One as callers see it."""
+
+    async def views(
+        self, after: tuple[datetime, str] | None, limit: int, project: str, states: Collection[JobState]
+    ) -> Sequence[JobView]:
+        """A page, newest first, after the one made at that moment with that id; empty filters pass all."""
+
+
 class Work(Protocol):
     """A transaction; leaving it without `commit` changes nothing."""
 
@@ -208,6 +305,14 @@ class Work(Protocol):
     @property
     def rollouts(self) -> RolloutStore:
         """Rollouts."""
+
+    @property
+    def jobs(self) -> JobStore:
+        """Jobs."""
+
+    @property
+    def job_events(self) -> JobEventStore:
+        """Events of jobs."""
 
     @property
     def cluster(self) -> ClusterStore:
@@ -239,6 +344,23 @@ class Registry(Protocol):
         Raises:
             NotFound: no such model, version or alias.
             FailedPrecondition: the version is not READY.
+            Unavailable: the registry cannot be reached.
+        """
+
+    async def artifact(self, name: str) -> str:
+        """The full name of the READY artifact that a name means: artifacts/{artifact}/versions/{version}.
+
+        Raises:
+            NotFound: no such artifact.
+            FailedPrecondition: it is not READY.
+            Unavailable: the registry cannot be reached.
+        """
+
+    async def newest(self, model: str) -> str:
+        """The full name of the newest READY version of a model.
+
+        Raises:
+            NotFound: no such model, or it has no READY version.
             Unavailable: the registry cannot be reached.
         """
 
@@ -286,6 +408,11 @@ __all__ = [
     "ClusterStore",
     "DeploymentStore",
     "DeploymentView",
+    "JobEventStore",
+    "JobMark",
+    "JobRequest",
+    "JobStore",
+    "JobView",
     "Leadership",
     "NodeView",
     "OperatorSays",

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from penstock_kit.errors import Aborted, Internal, PenstockError
@@ -19,8 +19,9 @@ from penstock_scheduler.domain.routes import Route, routes_of
 from penstock_scheduler.usecases import metrics
 from penstock_scheduler.usecases.attach import AttachHub
 from penstock_scheduler.usecases.autoscaling import Autoscaler
+from penstock_scheduler.usecases.job_results import JobResults
 from penstock_scheduler.usecases.latest import Latest
-from penstock_scheduler.usecases.ports import ClusterStore, Leadership, Stored, Works
+from penstock_scheduler.usecases.ports import ClusterStore, JobMark, Leadership, Stored, Works
 from penstock_scheduler.usecases.rollout_loop import RolloutLoop
 from penstock_scheduler.usecases.traffic import Traffic
 from penstock_scheduler.usecases.wake import Wake
@@ -58,6 +59,7 @@ class Reconciler:
         wake: wakes the loop.
         policy: what the operator decided.
         traffic: what gateways report.
+        results: makes results of jobs final, or deletes them.
         plan: the planner; tests give another.
     """
 
@@ -69,6 +71,7 @@ class Reconciler:
         wake: Wake,
         policy: Policy,
         traffic: Traffic,
+        results: JobResults,
         *,
         plan: Callable[[Snapshot, Policy], Plan] = plan,
     ) -> None:
@@ -78,6 +81,7 @@ class Reconciler:
         self._wake = wake
         self._policy = policy
         self._traffic = traffic
+        self._results = results
         self._plan = plan
         self._rollouts = RolloutLoop(traffic)
         self._autoscaler = Autoscaler(traffic)
@@ -88,6 +92,7 @@ class Reconciler:
         self._pruned = float("-inf")
         self.routes: Latest[tuple[Route, ...]] = Latest()
         self.deployments: Latest[Mapping[str, Gist]] = Latest()
+        self.jobs: Latest[Mapping[str, JobMark]] = Latest()
         self.healthy: Latest[bool] = Latest()
         self.healthy.set(False)
 
@@ -130,7 +135,8 @@ class Reconciler:
         await self._follow_lead()
         try:
             async with self._works() as work:
-                snapshot = self._snapshot(await work.cluster.load())
+                stored = await work.cluster.load()
+                snapshot = self._snapshot(stored)
                 if self._epoch is not None:
                     before = snapshot
                     snapshot = await self._rollouts.move(work, snapshot, self._epoch)
@@ -155,7 +161,7 @@ class Reconciler:
             metrics.REFUSED_PLANS.inc()
             log.error("%s", refused)
             return
-        self._publish(snapshot)
+        self._publish(snapshot, stored.job_marks)
 
     def _notice_pause(self) -> None:
         """Begins all leases anew if this process was paused or starved.
@@ -206,6 +212,9 @@ class Reconciler:
             versions=stored.versions,
             reports=self._hub.reports(expected, self._led_since),
             aliases=stored.aliases,
+            jobs=stored.jobs,
+            tasks=stored.tasks,
+            registry=self._results.words(),
         )
 
     async def _prune(self, cluster: ClusterStore) -> None:
@@ -214,13 +223,23 @@ class Reconciler:
             self._pruned = now
             await cluster.prune(datetime.now(UTC) - KEEP_STOPPED)
 
-    def _publish(self, snapshot: Snapshot) -> None:
+    def _publish(self, snapshot: Snapshot, marks: Mapping[str, JobMark]) -> None:
         metrics.count(snapshot)
         metrics.LEADING.set(self.leading)
         if self.leading:
             self._hub.publish(snapshot)
         self._traffic.keep(snapshot.deployments)
         self.routes.set(routes_of(snapshot))
+        # Those that have ended are missing: their watchers look once more, and are done.
+        self.jobs.set(
+            {
+                id_: replace(marks[id_], revision=job.revision)
+                for id_, job in snapshot.jobs.items()
+                if not job.ended
+            }
+        )
+        if self.leading:
+            self._results.follow(snapshot.jobs.values())
         ready: dict[str, list[tuple[str, bool]]] = {name: [] for name in snapshot.deployments}
         for replica in snapshot.replicas.values():
             ready[replica.deployment].append((replica.id, replica.state is ReplicaState.READY))
@@ -254,6 +273,13 @@ def _log(before: Snapshot, changes: Plan) -> None:
         )
     for name in changes.removed:
         log.info("deployment %s is gone", name)
+    for job in changes.jobs:
+        moved = before.jobs[job.id].state is not job.state
+        log.log(_level(moved), "job %s is %s. %s", job.id, job.state.name, job.message)
+    for task in changes.tasks:
+        known_task = before.tasks.get(task.id)
+        moved = known_task is None or known_task.state is not task.state
+        log.log(_level(moved), "task %s on %s is %s. %s", task.id, task.node, task.state.name, task.message)
 
 
 def _level(moved: bool) -> int:

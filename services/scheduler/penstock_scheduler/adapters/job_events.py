@@ -1,0 +1,143 @@
+"""Events of jobs in Postgres: each once, and no more of them than a job may have."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import delete, func, insert, select, tuple_, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from penstock.scheduler.v1 import job_pb2
+from penstock_scheduler.adapters.rows import JobEventRow, JobRow, TaskRow
+from penstock_scheduler.domain.job import EventKind
+from penstock_scheduler.domain.job_events import LIMITS, MAX_LOG_LINES, JobEvent, following, keep
+
+# How many events may come between two looks whether there are too many.
+_LOOK_EVERY = 250
+
+
+class SqlJobEvents:
+    """Implements `JobEventStore` in an open session."""
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    async def take_in(self, events: Sequence[JobEvent]) -> int:
+        """See `JobEventStore.take_in`."""
+        by_job: dict[str, dict[int, list[JobEvent]]] = defaultdict(lambda: defaultdict(list))
+        for event in events:
+            by_job[event.job][event.task].append(event)
+        stored = 0
+        # In one order, so that two schedulers never wait for each other.
+        for job_id in sorted(by_job):
+            stored += await self._take_in(job_id, by_job[job_id])
+        return stored
+
+    async def _take_in(self, job_id: str, by_task: dict[int, list[JobEvent]]) -> int:
+        # The lock makes the sequence gapless and the numbers of each task follow each other.
+        row = await self._session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update())
+        if row is None:
+            return 0
+        keys = tuple_(TaskRow.job, TaskRow.number).in_([(job_id, number) for number in by_task])
+        known = {
+            found.number: found.stored_event
+            for found in await self._session.execute(select(TaskRow.number, TaskRow.stored_event).where(keys))
+        }
+        fresh: list[JobEvent] = []
+        for number, at in known.items():
+            of_task = following(by_task[number], at)
+            fresh.extend(of_task)
+            if of_task:
+                await self._session.execute(
+                    update(TaskRow)
+                    .where(TaskRow.job == job_id, TaskRow.number == number)
+                    .values(stored_event=of_task[-1].number)
+                )
+        if not fresh:
+            return 0
+        fresh.sort(key=lambda event: (event.time, event.task, event.number))
+        kept = keep(fresh, row.log_lines)
+        sequence = row.last_event
+        values = []
+        for event in kept.events:
+            sequence += 1
+            values.append(
+                {
+                    "job": job_id,
+                    "sequence": sequence,
+                    "task": event.task,
+                    "number": event.number,
+                    "kind": event.kind.value,
+                    "time": event.time,
+                    "document": _notice(event) if event is kept.cut else event.document,
+                }
+            )
+        if values:
+            await self._session.execute(insert(JobEventRow), values)
+        changes: dict[str, Any] = {"last_event": sequence, "log_lines": kept.log_lines}
+        if kept.progress:
+            changes["progress"] = kept.progress
+        if kept.metrics:
+            changes["metrics"] = {**row.metrics, **kept.metrics}
+        if kept.artifacts:
+            changes["checkpoints"] = list(dict.fromkeys((*row.checkpoints, *kept.artifacts)))
+        await self._session.execute(update(JobRow).where(JobRow.id == job_id).values(changes))
+        if sequence // _LOOK_EVERY != row.last_event // _LOOK_EVERY:
+            await self._thin_out(job_id)
+        return len(fresh)
+
+    async def _thin_out(self, job_id: str) -> None:
+        """Forgets every second event of the kinds of which there are too many, but for the newest quarter."""
+        own = JobEventRow.job == job_id
+        counted = select(JobEventRow.kind, func.count().label("events")).where(own).group_by(JobEventRow.kind)
+        counts = {row.kind: row.events for row in await self._session.execute(counted)}
+        for kind, limit in LIMITS.items():
+            of_kind = (own, JobEventRow.kind == kind.value)
+            if counts.get(kind.value, 0) <= limit:
+                continue
+            numbered = (
+                select(
+                    JobEventRow.sequence,
+                    func.row_number().over(order_by=JobEventRow.sequence.desc()).label("place"),
+                )
+                .where(*of_kind)
+                .subquery()
+            )
+            surplus = select(numbered.c.sequence).where(
+                numbered.c.place > limit // 4, numbered.c.place % 2 == 0
+            )
+            await self._session.execute(delete(JobEventRow).where(own, JobEventRow.sequence.in_(surplus)))
+
+    async def page(
+        self, job_id: str, after: int, limit: int, kinds: Collection[EventKind]
+    ) -> Sequence[JobEvent]:
+        """See `JobEventStore.page`."""
+        query = (
+            select(JobEventRow)
+            .where(JobEventRow.job == job_id, JobEventRow.sequence > after)
+            .order_by(JobEventRow.sequence)
+            .limit(limit)
+        )
+        if kinds:
+            query = query.where(JobEventRow.kind.in_([kind.value for kind in kinds]))
+        return [
+            JobEvent(
+                job=row.job,
+                task=row.task,
+                number=row.number,
+                kind=EventKind(row.kind),
+                time=row.time,
+                document=row.document,
+                sequence=row.sequence,
+            )
+            for row in await self._session.scalars(query)
+        ]
+
+
+def _notice(event: JobEvent) -> bytes:
+    """What stands in the place of the first line that is not kept."""
+    message = job_pb2.JobEvent.FromString(event.document)
+    message.log.text = f"The log has more than {MAX_LOG_LINES:,} lines; further ones are not kept."
+    return message.SerializeToString()

@@ -1,0 +1,129 @@
+"""What jobs made: final at the registry if they succeed, deleted if they do not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from penstock_kit.errors import FailedPrecondition, InvalidArgument, NotFound, PenstockError
+from penstock_scheduler.domain.job import Job, JobState, RegistryWord
+from penstock_scheduler.usecases.ports import Wakeup
+from penstock_scheduler.usecases.wake import Wake
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 2.0
+TICK_SECONDS = 30.0
+AT_ONCE = 8
+
+
+class ResultStore(Protocol):
+    """The registry, as far as results of jobs go. All calls may be repeated."""
+
+    async def finalize(self, name: str) -> None:
+        """Makes a version or artifact READY; nothing if it is.
+
+        Raises:
+            NotFound, FailedPrecondition, InvalidArgument: it can never be.
+            Unavailable: the registry cannot be reached.
+        """
+
+    async def delete(self, name: str) -> None:
+        """Deletes a version or artifact; nothing if there is none.
+
+        Raises:
+            FailedPrecondition: somebody uses it.
+            Unavailable: the registry cannot be reached.
+        """
+
+
+class JobResults:
+    """Asks the registry, outside of transactions, and gives the loop its word.
+
+    Nothing is stored: whoever leads after a crash asks again, which the registry allows.
+
+    Args:
+        registry: the registry.
+        wakeup: told when the registry has said something.
+        leading: whether this scheduler leads.
+    """
+
+    def __init__(self, registry: ResultStore, wakeup: Wakeup, leading: Callable[[], bool]) -> None:
+        self._registry = registry
+        self._wakeup = wakeup
+        self._leading = leading
+        self._wake = Wake()
+        self._open: dict[str, Job] = {}
+        self._words: dict[str, RegistryWord] = {}
+
+    def words(self) -> Mapping[str, RegistryWord]:
+        """What the registry has said, by job."""
+        return dict(self._words)
+
+    def follow(self, jobs: Iterable[Job]) -> None:
+        """Takes up which jobs wait for the registry's word."""
+        waiting = {
+            job.id: job
+            for job in jobs
+            if (job.state is JobState.FINALIZING and job.results) or (job.ended and job.leftovers)
+        }
+        for id_ in [id_ for id_ in self._words if id_ not in waiting]:
+            del self._words[id_]
+        # A word about its results says nothing about what is to be deleted when it has ended.
+        for id_, job in waiting.items():
+            known = self._open.get(id_)
+            if known is not None and (known.state, known.create_time) != (job.state, job.create_time):
+                self._words.pop(id_, None)
+        fresh = {id_ for id_ in waiting if id_ not in self._words}
+        self._open = waiting
+        if fresh:
+            self._wake.wake()
+
+    async def run(self) -> None:
+        """Works until cancelled."""
+        while True:
+            again = await self.step() if self._leading() else False
+            await self._wake.wait(RETRY_SECONDS if again else TICK_SECONDS)
+
+    async def step(self) -> bool:
+        """Asks for all jobs that wait; whether some have to be asked for again."""
+        limit = asyncio.Semaphore(AT_ONCE)
+
+        async def ask(job: Job) -> bool:
+            async with limit:
+                return await self._ask(job)
+
+        waiting = [job for id_, job in self._open.items() if id_ not in self._words]
+        failed = await asyncio.gather(*(ask(job) for job in waiting))
+        return any(failed)
+
+    async def _ask(self, job: Job) -> bool:
+        """Whether it has to be asked for again."""
+        try:
+            word = await (self._clean(job) if job.ended else self._finalize(job))
+        except PenstockError as error:
+            log.warning("the registry cannot be asked about the results of job %s: %s", job.id, error)
+            return True
+        self._words[job.id] = word
+        self._wakeup.wake()
+        return False
+
+    async def _finalize(self, job: Job) -> RegistryWord:
+        for name in job.results:
+            try:
+                await self._registry.finalize(name)
+            except (NotFound, FailedPrecondition, InvalidArgument) as error:
+                return RegistryWord(refusal=f"The registry does not take {name}: {error}")
+        return RegistryWord(final=True)
+
+    async def _clean(self, job: Job) -> RegistryWord:
+        deleted = []
+        for name in job.leftovers:
+            try:
+                await self._registry.delete(name)
+            except FailedPrecondition as error:
+                log.warning("what job %s left behind, %s, stays: %s", job.id, name, error)
+            deleted.append(name)
+        return RegistryWord(deleted=frozenset(deleted))
