@@ -16,6 +16,7 @@ Task = Literal["tabular", "image", "text", "language_model"]
 TASKS: tuple[Task, ...] = ("tabular", "image", "text", "language_model")
 # What the label may be called where nobody says it, in this order.
 LABEL_NAMES = ("label", "target", "y", "class")
+MAX_TEXT_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,20 @@ def check_rows(rows: int, what: str) -> None:
     """
     if rows < 2:
         raise InvalidArgument(f"{what} has {rows} row{'s' * (rows != 1)}; a dataset has at least 2.")
+
+
+def check_text(text: str, where: str) -> None:
+    """Return if a text can be learnt from.
+
+    Raises:
+        InvalidArgument: It is blank, or too long, or has a NUL.
+    """
+    if not text.strip():
+        raise InvalidArgument(f"{where}: the text is empty. Remove the row, and push again.")
+    if len(text) > MAX_TEXT_CHARACTERS or "\x00" in text:
+        raise InvalidArgument(
+            f"{where}: the text is longer than {MAX_TEXT_CHARACTERS:,} characters, or has a NUL in it."
+        )
 
 
 def finite_float32(

@@ -12,8 +12,9 @@ from penstock.errors import InvalidArgument
 
 # Whole numbers with more different values than this are quantities, not classes.
 MAX_NUMBERED_CLASSES = 100
-MAX_CLASSES = 100_000
-MAX_CLASS_CHARACTERS = 200
+# Their names stand in the description, which has 1 MiB.
+MAX_CLASSES = 4000
+MAX_CLASS_CHARACTERS = 100
 
 
 def encode(labels: NDArray[Any], name: str, options: ReadOptions) -> tuple[NDArray[Any], tuple[str, ...]]:
