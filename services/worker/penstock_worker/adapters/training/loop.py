@@ -275,7 +275,7 @@ class Loop:
         words = f"{loss:g}, after {first:g} at the beginning" if first is not None else f"{loss:g}"
         raise JobFailure(
             f"{what} is {words}: the training diverged in epoch {at.epoch + 1}, by step {at.step}; {where}. "
-            f"Take a smaller learning rate than {self._plan.learning_rate:g}, a warm-up or a clipped gradient.",
+            f"Take a smaller learning rate than {self._plan.learning_rate:g}, a warm-up or clipping.",
             "DIVERGED",
         )
 
