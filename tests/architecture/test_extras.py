@@ -25,7 +25,7 @@ NEEDS = {
     "penstock._sync, penstock._async, penstock.packaging": set(),
     "penstock_cli.__main__": {"cli"},
     "penstock_registry.__main__": {"kit", "database", "registry"},
-    "penstock_scheduler.__main__": {"kit", "database"},
+    "penstock_scheduler.__main__": {"kit", "database", "queue"},
     "penstock_gateway.__main__": {"kit", "queue", "gateway"},
     "penstock_gateway.app": {"kit", "queue", "gateway"},
     "penstock_worker.__main__": {"kit", "queue", "worker", "models"},

@@ -11,8 +11,8 @@ import uuid
 
 from prometheus_client import CollectorRegistry
 
-from penstock.registry.v1 import registry_service_pb2
-from penstock.scheduler.v1 import scheduler_service_pb2
+from penstock.registry.v1 import artifact_service_pb2, registry_service_pb2
+from penstock.scheduler.v1 import job_service_pb2, project_service_pb2, scheduler_service_pb2
 from penstock_gateway.adapters.channels import Service
 from penstock_gateway.adapters.services import RegistryClient, SchedulerClient, TrafficClient
 from penstock_gateway.adapters.statistics import StatisticsReader
@@ -44,9 +44,16 @@ log = logging.getLogger(__name__)
 
 SERVICE = "penstock-gateway"
 # Services that are passed through. Those between scheduler, workers and gateways are not for callers.
-REGISTRY = registry_service_pb2.DESCRIPTOR.services_by_name["RegistryService"]
-SCHEDULER = scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"]
-MANAGED = (REGISTRY, SCHEDULER)
+OF_REGISTRY = (
+    registry_service_pb2.DESCRIPTOR.services_by_name["RegistryService"],
+    artifact_service_pb2.DESCRIPTOR.services_by_name["ArtifactService"],
+)
+OF_SCHEDULER = (
+    scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"],
+    job_service_pb2.DESCRIPTOR.services_by_name["JobService"],
+    project_service_pb2.DESCRIPTOR.services_by_name["ProjectService"],
+)
+MANAGED = OF_REGISTRY + OF_SCHEDULER
 # What open requests hold lives for milliseconds and is freed by its reference counts. By default the
 # collector looks at it after each 700 objects, which are a few dozen open requests.
 GC_OBJECTS = 20_000
@@ -121,9 +128,10 @@ class Gateway:
             **gateway.GatewayService(self.name, self._dispatcher, self._dependencies).handlers(),
             **health.HealthService(self._dispatcher, frozenset(carried)).handlers(),
             **reflection.ReflectionService(carried).handlers(),
-            **passthrough.handlers(REGISTRY, self._registry.raw),
-            **passthrough.handlers(SCHEDULER, self._scheduler.raw),
         }
+        for services, behind in ((OF_REGISTRY, self._registry), (OF_SCHEDULER, self._scheduler)):
+            for service in services:
+                methods |= passthrough.handlers(service, behind.raw)
         self.router = Router(
             InferHandler(self._dispatcher, limit=limit, default_timeout=timeout),
             methods,

@@ -19,8 +19,8 @@ from grpc_reflection.v1alpha.reflection import ReflectionServicer
 
 from penstock.gateway.v1 import gateway_service_pb2
 from penstock.oip.v2 import inference_pb2
-from penstock.registry.v1 import registry_service_pb2
-from penstock.scheduler.v1 import scheduler_service_pb2
+from penstock.registry.v1 import artifact_service_pb2, registry_service_pb2
+from penstock.scheduler.v1 import job_service_pb2, project_service_pb2, scheduler_service_pb2
 from penstock_gateway.api.grpc.methods import parse
 from penstock_gateway.hotpath.grpc_framing import Call, Handler
 
@@ -76,7 +76,10 @@ def pool() -> descriptor_pool.DescriptorPool:
 
     for module in (
         registry_service_pb2,
+        artifact_service_pb2,
         scheduler_service_pb2,
+        job_service_pb2,
+        project_service_pb2,
         gateway_service_pb2,
         health_pb2,
         reflection_pb2,
