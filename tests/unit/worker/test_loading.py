@@ -55,6 +55,20 @@ def test_code_of_a_bundle_runs_only_where_an_operator_allowed_it(tmp_path: Path)
     assert not (tmp_path / "ran").exists()
 
 
+def test_compiled_code_is_loaded_only_where_an_operator_allowed_it_and_on_its_own_kind_of_machine(
+    tmp_path: Path,
+) -> None:
+    manifest = models.build_echo_pt2(tmp_path)
+    manifest.format = "aoti"
+    error = refusal(tmp_path, manifest)
+    assert error.reason is Reason.UNSAFE_FORMAT
+    assert "PENSTOCK_ALLOW_COMPILED_MODELS" in error.message
+    manifest.parameters["compiled_for"] = "PDP-11 (pdp11)"
+    error = refusal(tmp_path, manifest, allow_compiled_models=True)
+    assert error.reason is Reason.LOAD_FAILED
+    assert "was compiled for PDP-11 (pdp11), and this is " in error.message
+
+
 def test_an_unknown_runtime_or_format_is_named_with_those_that_exist(tmp_path: Path) -> None:
     manifest = models.build_echo_python(tmp_path)
     manifest.runtime = "tensorflow"
@@ -62,7 +76,7 @@ def test_an_unknown_runtime_or_format_is_named_with_those_that_exist(tmp_path: P
     assert error.reason is Reason.UNKNOWN_RUNTIME
     assert "onnx, python, sklearn, torch" in error.message
     manifest.runtime = "torch"
-    assert "opens pt2, torchscript, not python" in refusal(tmp_path, manifest).message
+    assert "opens aoti, pt2, safetensors, torchscript, not python" in refusal(tmp_path, manifest).message
 
 
 @pytest.mark.parametrize("entrypoint", ["other.py", "../model.py", "/etc/passwd", ""])

@@ -84,6 +84,8 @@ class ReplicaConfig:
     """Devices it may use: `gpu0`, …; empty for the CPU alone."""
     allow_python_runtime: bool = False
     """Whether an operator allowed that code of the bundle is run."""
+    allow_compiled_models: bool = False
+    """Whether an operator allowed that compiled code of the bundle is run."""
     status_fd: int = -1
     """Inherited file descriptor that takes one JSON line per change of state; -1 for none."""
     log_level: str = "info"

@@ -16,6 +16,9 @@ from penstock_kit.ensembles import Step
 from penstock_kit.errors import PenstockError
 from penstock_kit.oip import Array, Signature
 
+COMPILED_FORMATS = frozenset({"aoti"})
+"""Formats that are code for a processor, so that an operator must have allowed them."""
+
 Batch: TypeAlias = Mapping[str, Array]
 """Tensors by name. BYTES tensors are arrays of Python `bytes` objects."""
 

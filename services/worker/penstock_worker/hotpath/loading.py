@@ -16,7 +16,7 @@ from penstock_kit.ensembles import steps_from_proto
 from penstock_kit.errors import FailedPrecondition, PenstockError, Reason
 from penstock_kit.oip import Array, Signature, TensorSpec, signature_from_proto
 from penstock_worker.domain.replica import ReplicaConfig
-from penstock_worker.domain.runtime import Bundle, ConcurrentServable, Runtime
+from penstock_worker.domain.runtime import COMPILED_FORMATS, Bundle, ConcurrentServable, Runtime
 from penstock_worker.hotpath.execution import Executor, ModelError
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,12 @@ def load(config: ReplicaConfig) -> Loaded | LoadedConcurrent:
             f"The runtime {manifest.runtime} opens {', '.join(sorted(runtime.formats))}, "
             f"not {manifest.format or 'an unnamed format'}.",
             reason=Reason.UNKNOWN_RUNTIME,
+        )
+    if manifest.format in COMPILED_FORMATS and not config.allow_compiled_models:
+        raise FailedPrecondition(
+            f"The format {manifest.format} is compiled code, which this server does not allow. Deploy the "
+            "version that it was converted from, or have an operator set PENSTOCK_ALLOW_COMPILED_MODELS.",
+            reason=Reason.UNSAFE_FORMAT,
         )
     signature = signature_from_proto(manifest.signature, batched=manifest.batching.max_batch_size > 0)
     directory = Path(config.bundle_dir)

@@ -57,6 +57,7 @@ class ReplicaPolicy:
     start_seconds: float
     drain_seconds: float
     allow_python_runtime: bool = False
+    allow_compiled_models: bool = False
     log_level: str = "info"
     otlp_endpoint: str = ""
     scheduler_address: str = ""
@@ -322,6 +323,7 @@ class ReplicaKeeper:
             batching=desired.batching,
             devices=devices,
             allow_python_runtime=self._policy.allow_python_runtime,
+            allow_compiled_models=self._policy.allow_compiled_models,
             log_level=self._policy.log_level,
             otlp_endpoint=self._policy.otlp_endpoint,
             drain_seconds=self._policy.drain_seconds,

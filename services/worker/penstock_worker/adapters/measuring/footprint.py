@@ -59,6 +59,7 @@ def measure_footprint(
     name: str,
     devices: Sequence[str] = ("cpu",),
     allow_python_runtime: bool = False,
+    allow_compiled_models: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Footprint:
     """Load a version in a process of its own and look at what that takes.
@@ -69,6 +70,7 @@ def measure_footprint(
         name: What to call it in words.
         devices: As torch calls them.
         allow_python_runtime: Whether an operator allowed code of bundles.
+        allow_compiled_models: Whether an operator allowed compiled code of bundles.
         check: Called often meanwhile; may raise to end it.
 
     Raises:
@@ -80,6 +82,7 @@ def measure_footprint(
         "name": name,
         "devices": list(devices),
         "allow_python_runtime": allow_python_runtime,
+        "allow_compiled_models": allow_compiled_models,
     }
     process = subprocess.Popen(  # noqa: S603 - this module, by this interpreter
         [sys.executable, "-m", __name__],
@@ -166,6 +169,7 @@ def _measure(question: dict[str, Any], manifest: manifest_pb2.Manifest) -> Footp
         name=question["name"],
         devices=question["devices"],
         allow_python_runtime=question["allow_python_runtime"],
+        allow_compiled_models=question["allow_compiled_models"],
     )
     opened.predict(drawn_inputs(opened.signature, 1))
     seconds = time.perf_counter() - start

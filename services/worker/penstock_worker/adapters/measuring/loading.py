@@ -123,6 +123,7 @@ def open_version(
     threads: int = 0,
     max_rows: int = 0,
     allow_python_runtime: bool = False,
+    allow_compiled_models: bool = False,
 ) -> OpenedVersion:
     """Open a bundle and warm it up, as a replica does.
 
@@ -134,6 +135,7 @@ def open_version(
         threads: Processor threads of one call; 0 leaves it to the manifest's parameter `threads`, else 1.
         max_rows: Rows in one call at most; 0 leaves it to the manifest.
         allow_python_runtime: Whether an operator allowed code of bundles.
+        allow_compiled_models: Whether an operator allowed compiled code of bundles.
 
     Raises:
         JobFailure: UNSUPPORTED if it cannot be opened or measured; the message says why.
@@ -157,6 +159,7 @@ def open_version(
         ),
         devices=tuple(device.replace("cuda:", "gpu") for device in devices if device.startswith("cuda")),
         allow_python_runtime=allow_python_runtime,
+        allow_compiled_models=allow_compiled_models,
     )
     start = time.perf_counter()
     try:

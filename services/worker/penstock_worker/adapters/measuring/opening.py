@@ -30,6 +30,7 @@ def open_fetched(context: JobContext, fetched: FetchedVersion, *, threads: int =
         devices=context.devices,
         threads=threads,
         allow_python_runtime=context.allow_python_runtime,
+        allow_compiled_models=context.allow_compiled_models,
     )
 
 

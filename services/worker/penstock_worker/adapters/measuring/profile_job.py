@@ -37,6 +37,7 @@ def run(context: JobContext) -> None:
         name=fetched.version.name,
         devices=context.devices,
         allow_python_runtime=context.allow_python_runtime,
+        allow_compiled_models=context.allow_compiled_models,
         check=lambda: check_stop(context),
     )
     seconds = work.duration.seconds + work.duration.nanos * 1e-9 or DEFAULT_PROFILE_SECONDS

@@ -1,4 +1,4 @@
-"""PyTorch: programs of torch.export (.pt2) and TorchScript.
+"""PyTorch: programs of torch.export (.pt2), TorchScript, weights of recipes (safetensors) and AOTInductor.
 
 The model is called with the inputs in the signature's order. It gives one tensor, a list or tuple in the
 order of the signature's outputs, or a dictionary by their names.
@@ -7,6 +7,7 @@ order of the signature's outputs, or a dictionary by their names.
 from __future__ import annotations
 
 import logging
+import platform
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import torch
 from penstock_kit.artifacts.torchscript import unsafe_torchscript
 from penstock_kit.errors import FailedPrecondition, Reason
 from penstock_kit.oip import BFLOAT16, Array
+from penstock_worker.adapters.node_probe import processor_name
 from penstock_worker.adapters.runtimes.cpu_packing import PackMode, mode_of, pack_linear_layers
 from penstock_worker.adapters.runtimes.pt2_safety import refuse_unsafe_pt2
 from penstock_worker.domain.runtime import Batch, Bundle, Servable
@@ -28,13 +30,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+COMPILED_FOR = "compiled_for"
+"""Parameter of the manifest: which machine the package of AOTInductor is for."""
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
 class TorchRuntime:
-    """Loads .pt2 and TorchScript files."""
+    """Loads .pt2, TorchScript and .safetensors files, and packages of AOTInductor (format aoti)."""
 
-    formats = frozenset({"pt2", "torchscript"})
+    formats = frozenset({"pt2", "torchscript", "safetensors", "aoti"})
     runs_bundle_code = False
 
     def load(self, bundle: Bundle, devices: Sequence[str]) -> Servable:
@@ -55,6 +59,10 @@ class TorchRuntime:
         if bundle.format == "pt2":
             refuse_unsafe_pt2(bundle.entrypoint)
             module: Callable[..., Any] = _load_pt2(bundle, device)
+        elif bundle.format == "safetensors":
+            module = _load_recipe(bundle, device)
+        elif bundle.format == "aoti":
+            module = _load_compiled(bundle, device)
         else:
             _refuse_unsafe_torchscript(bundle.entrypoint)
             with warnings.catch_warnings():
@@ -105,6 +113,42 @@ def _load_pt2(bundle: Bundle, device: torch.device) -> Callable[..., Any]:
     if device.type == "cpu" and packing is PackMode.AUTO and isinstance(module, torch.fx.GraphModule):
         pack_linear_layers(module, bundle.max_rows)
     return module
+
+
+def compiled_for(device: torch.device) -> str:
+    """Return which machine code that is compiled here is for."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{processor_name() or 'unknown'} ({platform.machine()})"
+
+
+def _load_recipe(bundle: Bundle, device: torch.device) -> Callable[..., Any]:
+    # Imported here: replicas of other formats need nothing of training.
+    from penstock_worker.adapters.training.architectures import Blueprint
+    from penstock_worker.adapters.training.export import Served
+    from penstock_worker.adapters.training.rebuild import rebuild
+
+    directory = bundle.entrypoint.parent
+    served: Callable[..., Any] = Served(rebuild(directory), Blueprint.load(directory)).eval().to(device)
+    return served
+
+
+def _load_compiled(bundle: Bundle, device: torch.device) -> Callable[..., Any]:
+    """Load a package of AOTInductor; that compiled code is allowed was asked before.
+
+    Its instructions are those of one kind of processor: another would end the process in mid-call.
+    """
+    made_for, here = bundle.parameters.get(COMPILED_FOR, ""), compiled_for(device)
+    if made_for != here:
+        raise FailedPrecondition(
+            f"{bundle.entrypoint.name} was compiled for {made_for or 'a machine that nobody named'}, and this "
+            f"is {here}. Convert its source again on such a machine, or keep it off this node by labels.",
+            reason=Reason.LOAD_FAILED,
+        )
+    model: Callable[..., Any] = torch._inductor.aoti_load_package(
+        str(bundle.entrypoint), device_index=device.index if device.index is not None else -1
+    )
+    return model
 
 
 class TorchServable:
