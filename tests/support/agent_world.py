@@ -14,7 +14,7 @@ from typing import Any
 
 from penstock.common.v1 import resources_pb2
 from penstock.registry.v1 import manifest_pb2, registry_service_pb2, registry_service_pb2_grpc, version_pb2
-from penstock.scheduler.v1 import node_service_pb2, node_service_pb2_grpc, replica_pb2
+from penstock.scheduler.v1 import job_pb2, node_service_pb2, node_service_pb2_grpc, replica_pb2
 from penstock_kit.artifacts import canonical_manifest, tree_digest
 from penstock_kit.errors import Aborted, NotFound, Reason, Unavailable
 from penstock_kit.queue.keys import queue_name
@@ -60,6 +60,7 @@ class World(node_service_pb2_grpc.NodeServiceServicer, registry_service_pb2_grpc
         self.gate.set()
         self._generation = 0
         self._desired: dict[str, replica_pb2.ReplicaSpec] = {}
+        self._tasks: dict[str, job_pb2.TaskSpec] = {}
         self._files: dict[tuple[str, str], bytes] = {}
         self._versions: dict[str, version_pb2.Version] = {}
         self._changed = asyncio.Event()
@@ -143,6 +144,57 @@ class World(node_service_pb2_grpc.NodeServiceServicer, registry_service_pb2_grpc
         del self._desired[replica]
         self.tell()
 
+    def want_task(self, job: job_pb2.Job, number: int = 0, **fields: Any) -> job_pb2.TaskSpec:
+        """Want a task of a job on the node."""
+        spec = job_pb2.TaskSpec(
+            name=f"{job.name}/tasks/{number}",
+            attempt=fields.pop("attempt", 1),
+            tasks=fields.pop("tasks", 1),
+            job=job,
+            resources=resources_pb2.Resources(
+                cpu_millis=1000 * max(1, job.ranks_per_node),
+                memory_bytes=fields.pop("memory_bytes", 2 * 1024**3),
+            ),
+            **fields,
+        )
+        self._tasks[spec.name] = spec
+        self.tell()
+        return spec
+
+    def change_task(self, name: str, **fields: Any) -> None:
+        """Change what is wanted of a task."""
+        for key, value in fields.items():
+            setattr(self._tasks[name], key, value)
+        self.tell()
+
+    def drop_task(self, name: str) -> None:
+        """Want a task no more."""
+        del self._tasks[name]
+        self.tell()
+
+    def observed_task(self, name: str) -> job_pb2.ObservedTask | None:
+        """Return what the newest status says of a task."""
+        if not self.statuses:
+            return None
+        return next((task for task in self.statuses[-1].tasks if task.name == name), None)
+
+    async def task_state(
+        self, name: str, state: str, seconds: float = PATIENCE_SECONDS
+    ) -> job_pb2.ObservedTask:
+        """Wait until a task is reported in a state; fail at once if it FAILED instead."""
+        number = job_pb2.TaskState.Value(f"TASK_STATE_{state}")
+
+        def reached() -> job_pb2.ObservedTask | None:
+            seen = self.observed_task(name)
+            if seen is not None and seen.state == job_pb2.TASK_STATE_FAILED != number:
+                raise AssertionError(f"{name} FAILED: {seen.failure_reason}: {seen.message}")
+            return seen if seen is not None and seen.state == number else None
+
+        found: job_pb2.ObservedTask = await until(
+            reached, f"{name} to be {state}; it is {self.observed_task(name)}", seconds
+        )
+        return found
+
     def tell(self) -> None:
         """Send the desired state down."""
         self._generation += 1
@@ -189,7 +241,9 @@ class World(node_service_pb2_grpc.NodeServiceServicer, registry_service_pb2_grpc
             while not listening.done():
                 self._changed.clear()
                 yield node_service_pb2.AttachResponse(
-                    generation=self._generation, replicas=self._desired.values()
+                    generation=self._generation,
+                    replicas=self._desired.values(),
+                    tasks=self._tasks.values(),
                 )
                 changed = asyncio.ensure_future(self._changed.wait())
                 await asyncio.wait({changed, listening}, return_when=asyncio.FIRST_COMPLETED)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import importlib.metadata
+import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 import grpc
@@ -24,19 +25,28 @@ from penstock_worker.adapters.bundle_cache import BundleCache
 from penstock_worker.adapters.forkserver.client import ForkServer
 from penstock_worker.adapters.installation import installation
 from penstock_worker.adapters.instance_lock import InstanceLock
+from penstock_worker.adapters.jobs.desk import Desk
+from penstock_worker.adapters.jobs.events import EventSender
+from penstock_worker.adapters.jobs.host import LAUNCHER_ENTRY, HostPolicy, TaskHost
+from penstock_worker.adapters.jobs.registry import JobRegistry
+from penstock_worker.adapters.jobs.rooms import JobRooms
 from penstock_worker.adapters.node_probe import NodeDevices, memory_of, probe
 from penstock_worker.adapters.reclaimer import RedisReclaimer
 from penstock_worker.adapters.registry_client import RegistryClient
 from penstock_worker.adapters.replica_logs import ReplicaLogFiles
 from penstock_worker.adapters.scheduler_client import SchedulerClient
 from penstock_worker.api.worker_service import WorkerServicer
-from penstock_worker.domain.node import NodeIdentity
+from penstock_worker.domain.node import Capacity, NodeIdentity
+from penstock_worker.domain.supervision import DesiredReplica
+from penstock_worker.domain.task import DesiredTask
 from penstock_worker.settings import WorkerSettings
 from penstock_worker.usecases.agent import Agent, Background
 from penstock_worker.usecases.keeper import ReplicaPolicy, Surroundings
 from penstock_worker.usecases.metrics import NodeMetrics
 from penstock_worker.usecases.reconcile import Reconciler
 from penstock_worker.usecases.report import Changes, Report
+from penstock_worker.usecases.task_keeper import TaskPolicy
+from penstock_worker.usecases.tasks import TaskReconciler
 
 SERVICE = "penstock-worker"
 WORKER_SERVICE = "penstock.worker.v1.WorkerService"
@@ -44,6 +54,7 @@ WORKER_SERVICE = "penstock.worker.v1.WorkerService"
 REPLICA_ENTRY = "penstock_worker.hotpath.replica:run_replica"
 WARMTH = "penstock_worker.adapters.forkserver.warmth"
 RUNTIMES_GROUP = "penstock.runtimes"
+JOBS_GROUP = "penstock.jobs"
 PYTHON_RUNTIME = "python"
 LOCK_MARGIN_SECONDS = 15.0
 
@@ -68,6 +79,7 @@ async def agent(
     entry: str = REPLICA_ENTRY,
     preload: Sequence[str] | None = None,
     search_path: Sequence[str] = (),
+    kinds: Mapping[str, str] | None = None,
 ) -> AsyncIterator[RpcServer]:
     """Run an agent for as long as the context lasts; provides its gRPC server.
 
@@ -76,6 +88,7 @@ async def agent(
         entry: What a replica process runs.
         preload: Modules that the fork server imports; default is what the entry and the runtimes need.
         search_path: Folders put before the module search path of replica processes.
+        kinds: What a rank runs ("package.module:function") by the kind of work; default is what is installed.
     """
     data_dir = settings.data_dir.absolute()
     runtimes = _runtime_modules(settings)
@@ -131,6 +144,30 @@ async def agent(
             changed=changes,
         )
         reconciler = Reconciler(_policy(settings), surroundings)
+        jobs = JobRegistry(registry)
+        desk, events = Desk(), EventSender(settings.redis_url)
+        rooms = JobRooms(data_dir / "jobs", jobs, background.spawn)
+        tasks = TaskReconciler(
+            TaskPolicy(settings.worker_job_grace_seconds),
+            TaskHost(
+                forks=forks,
+                desk=desk,
+                rooms=rooms,
+                sender=events,
+                registry=jobs,
+                bundles=bundles,
+                devices=surroundings.devices,
+                entries=kinds if kinds is not None else _job_kinds(),
+                policy=_host_policy(settings, capacity),
+            ),
+            background.spawn,
+            changes,
+        )
+
+        def apply(generation: int, replicas: list[DesiredReplica], wanted: list[DesiredTask]) -> None:
+            tasks.apply(wanted)
+            reconciler.apply(generation, replicas)
+
         # Looked up when the directory is this agent's alone, and then known.
         instance = functools.cache(lambda: installation(data_dir))
         report = Report(
@@ -145,12 +182,13 @@ async def agent(
             lambda: tuple(name for name, module in runtimes.items() if forks.preloaded.get(module) == ""),
             bundles,
             reconciler,
+            tasks,
         )
         client = SchedulerClient(
             scheduler,
             status=report.status,
             changes=changes,
-            apply=reconciler.apply,
+            apply=apply,
             attached=lambda attached: health.set(attached=attached),
             schedulers=len(addresses_of(settings.scheduler_address)),
             join_token=next(iter(settings.join_token), ""),
@@ -162,6 +200,7 @@ async def agent(
         )
         life = Agent(
             reconciler=reconciler,
+            tasks=tasks,
             background=background,
             attach=client.run,
             publish_health=lambda staying: health.set(staying=staying),
@@ -174,7 +213,8 @@ async def agent(
         # The fork server warms up while the lock is waited for. Nothing asks it for a process before that.
         metrics = MetricsServer(settings.metrics_listen, data_dir=data_dir)
         readings = Readings(NodeMetrics(reconciler, bundles, settings.worker_cache_bytes).read)
-        async with running([forks, lock, bundles, readings, metrics, rpc, life]):
+        async with running([forks, lock, bundles, readings, metrics, rpc, desk, events, life]):
+            background.spawn("send what jobs have left", events.send_leftovers(rooms.directory))
             yield rpc
 
 
@@ -210,8 +250,32 @@ def _runtime_modules(settings: WorkerSettings) -> dict[str, str]:
     }
 
 
+def _job_kinds() -> dict[str, str]:
+    """Return what a rank runs, by the kind of work."""
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=JOBS_GROUP)}
+
+
 def _preload(entry: str, runtimes: Mapping[str, str]) -> list[str]:
-    return [entry.partition(":")[0], *runtimes.values(), WARMTH]
+    return [entry.partition(":")[0], LAUNCHER_ENTRY.partition(":")[0], *runtimes.values(), WARMTH]
+
+
+def _host_policy(settings: WorkerSettings, capacity: Capacity) -> HostPolicy:
+    host = settings.worker_job_host
+    if not host:
+        address = settings.worker_address or settings.worker_listen
+        host = "" if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
+        host = socket.gethostbyname(socket.gethostname())
+    processor = next((device.model for device in capacity.devices if not device.gpu), "")
+    return HostPolicy(
+        host=host or "127.0.0.1",
+        grace_seconds=settings.worker_job_grace_seconds,
+        max_regroups=settings.worker_job_regroups,
+        log_bytes=settings.worker_log_bytes,
+        allow_user_code=settings.allow_user_code or settings.allow_python_runtime,
+        processor=processor,
+        nice=settings.worker_job_nice,
+    )
 
 
 def _policy(settings: WorkerSettings) -> ReplicaPolicy:
@@ -220,6 +284,7 @@ def _policy(settings: WorkerSettings) -> ReplicaPolicy:
         start_seconds=settings.worker_start_seconds,
         drain_seconds=settings.worker_drain_seconds,
         allow_python_runtime=settings.allow_python_runtime,
+        allow_compiled_models=settings.allow_compiled_models,
         log_level=settings.log_level.lower(),
         otlp_endpoint=settings.otlp_endpoint,
         scheduler_address=settings.scheduler_address,

@@ -68,6 +68,23 @@ class WorkerSettings(ServiceSettings):
     )
     worker_log_files: int = Field(200, ge=1, description="Logs of replicas that are kept")
 
+    worker_job_host: str = Field(
+        "",
+        description="Address at which ranks on other nodes reach those here; default is that of the worker",
+    )
+    worker_job_grace_seconds: float = Field(
+        10.0, gt=0, description="How long a task of a job may take to write a checkpoint and end"
+    )
+    worker_job_regroups: int = Field(
+        5, ge=0, description="Times that the ranks of a task start again in place after one was killed"
+    )
+    worker_job_nice: int = Field(
+        10, ge=0, le=19, description="How much processes of jobs step back behind replicas for the processor"
+    )
+    allow_user_code: bool = Field(
+        False, description="Let jobs of training bring their own program (train.py): it runs unconfined"
+    )
+
     @field_validator("join_token", mode="before")
     @classmethod
     def _parse_tokens(cls, value: object) -> object:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Protocol
 
 from penstock.registry.v1 import manifest_pb2
-from penstock_kit.artifacts.digest import canonical_manifest, tree_digest
+from penstock_kit.artifacts.digest import canonical_manifest, files_digest, tree_digest
 from penstock_kit.artifacts.paths import check_bundle_paths
 from penstock_kit.errors import (
     DataLoss,
@@ -43,7 +43,7 @@ from penstock_kit.lifecycle import TaskSet
 from penstock_kit.threads import in_thread
 from penstock_worker.adapters import bundle_files
 from penstock_worker.domain.node import CachedBundle
-from penstock_worker.domain.supervision import BundleFile, DesiredReplica
+from penstock_worker.domain.supervision import BundleFile, Fetchable
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ FIRST_RETRY_SECONDS = 0.2
 PROGRESS_SECONDS = 0.5
 HASH_BLOCK_BYTES = 1024 * 1024
 STALE_PARTIAL_SECONDS = 24 * 3600.0
+ARTIFACTS = "artifacts/"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -61,7 +62,7 @@ class Downloader(Protocol):
     """Fetches files of versions."""
 
     def download(self, version: str, path: str, offset: int) -> AsyncGenerator[bytes, None]:
-        """Yield the bytes of a file of models/{model}/versions/{version} from an offset on."""
+        """Yield the bytes of a file of a version, or of an artifact, from an offset on."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -149,7 +150,7 @@ class BundleCache:
         )
 
     @contextlib.asynccontextmanager
-    async def lease(self, replica: DesiredReplica, progress: Callable[[str], None]) -> AsyncIterator[Path]:
+    async def lease(self, replica: Fetchable, progress: Callable[[str], None]) -> AsyncIterator[Path]:
         """Provide a bundle and keep it. See `penstock_worker.usecases.ports.BundleStore`.
 
         Raises:
@@ -174,7 +175,7 @@ class BundleCache:
             if not self._users[name]:
                 del self._users[name]
 
-    async def _join(self, name: str, replica: DesiredReplica, progress: Callable[[str], None]) -> None:
+    async def _join(self, name: str, replica: Fetchable, progress: Callable[[str], None]) -> None:
         """Wait for the one flight of this bundle; begin it if there is none."""
         while (flight := self._flights.get(name)) is not None and flight.abandoned:
             # Its last waiter left a moment ago; it ends now, and its files must not be written twice.
@@ -192,7 +193,7 @@ class BundleCache:
                 if flight.task is not None:
                     flight.task.cancel()
 
-    async def _fly(self, name: str, replica: DesiredReplica, flight: _Flight) -> None:
+    async def _fly(self, name: str, replica: Fetchable, flight: _Flight) -> None:
         try:
             await self._obtain(name, replica, flight.say)
         except PenstockError as error:
@@ -212,7 +213,7 @@ class BundleCache:
             if not flight.done.done():
                 flight.done.set_exception(Unavailable("Fetching the bundle was given up."))
 
-    async def _obtain(self, name: str, replica: DesiredReplica, say: Callable[[str], None]) -> None:
+    async def _obtain(self, name: str, replica: Fetchable, say: Callable[[str], None]) -> None:
         _check_identity(replica)
         final = self._directory / name
         bundle = self._bundles.get(name)
@@ -243,9 +244,7 @@ class BundleCache:
         self._bundles[name] = _Bundle(need, time.time(), found)
         self._on_change()
 
-    async def _fetch(
-        self, partial: Path, replica: DesiredReplica, need: int, say: Callable[[str], None]
-    ) -> None:
+    async def _fetch(self, partial: Path, replica: Fetchable, need: int, say: Callable[[str], None]) -> None:
         received = 0
         said_at = 0.0
 
@@ -267,7 +266,7 @@ class BundleCache:
             raise group_error.exceptions[0] from None
 
     async def _fetch_file(
-        self, path: Path, file: BundleFile, replica: DesiredReplica, count: Callable[[int], None]
+        self, path: Path, file: BundleFile, replica: Fetchable, count: Callable[[int], None]
     ) -> None:
         async with self._slots:
             pause = FIRST_RETRY_SECONDS
@@ -289,7 +288,7 @@ class BundleCache:
             )
 
     async def _fetch_rest(
-        self, path: Path, file: BundleFile, replica: DesiredReplica, count: Callable[[int], None]
+        self, path: Path, file: BundleFile, replica: Fetchable, count: Callable[[int], None]
     ) -> bool:
         """Fetch what is missing of a file; false, with the file removed, if its contents are wrong then."""
         digest = hashlib.sha256()
@@ -397,13 +396,15 @@ class BundleCache:
         )
 
 
-def _check_identity(replica: DesiredReplica) -> None:
+def _check_identity(replica: Fetchable) -> None:
     """Raise unless the manifest and files asked for have the digest asked for, and are fit for a disk."""
     check_bundle_paths(file.path for file in replica.files)
-    manifest = manifest_pb2.Manifest.FromString(replica.manifest)
-    actual = tree_digest(
-        canonical_manifest(manifest), ((file.path, file.size_bytes, file.sha256) for file in replica.files)
-    )
+    files = [(file.path, file.size_bytes, file.sha256) for file in replica.files]
+    if replica.version_name.startswith(ARTIFACTS):
+        actual = files_digest(files)
+    else:
+        manifest = manifest_pb2.Manifest.FromString(replica.manifest)
+        actual = tree_digest(canonical_manifest(manifest), files)
     if actual != replica.digest:
         raise DataLoss(
             f"The manifest and files of {replica.version_name} have the digest {actual}, not "

@@ -11,12 +11,13 @@ from typing import Protocol
 import grpc
 from google.protobuf.json_format import MessageToJson
 
-from penstock.scheduler.v1 import node_service_pb2, node_service_pb2_grpc, replica_pb2
+from penstock.scheduler.v1 import job_pb2, node_service_pb2, node_service_pb2_grpc, replica_pb2
 from penstock_kit.errors import PenstockError, Reason
 from penstock_kit.joining import JOIN_TOKEN_KEY
-from penstock_kit.names import parse_deployment, parse_replica, parse_version
+from penstock_kit.names import parse_deployment, parse_replica, parse_task, parse_version
 from penstock_worker.domain.replica import BatchingPolicy
 from penstock_worker.domain.supervision import BundleFile, DesiredReplica
+from penstock_worker.domain.task import DesiredTask
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class SchedulerClient:
         *,
         status: Callable[[], node_service_pb2.AttachRequest],
         changes: ChangeCount,
-        apply: Callable[[int, list[DesiredReplica]], None],
+        apply: Callable[[int, list[DesiredReplica], list[DesiredTask]], None],
         attached: Callable[[bool], Awaitable[None]],
         schedulers: int = 1,
         join_token: str = "",
@@ -89,7 +90,7 @@ class SchedulerClient:
                 if error.reason == Reason.CONFLICT:
                     # The name is another machine's by now, and what ran here was placed anew: it must not
                     # run twice.
-                    self._apply(0, [])
+                    self._apply(0, [], [])
             await self._attached(False)
             if loop.time() - began > SETTLED_SECONDS:
                 pause, said, tried = FIRST_RETRY_SECONDS, set(), 0
@@ -113,7 +114,7 @@ class SchedulerClient:
                     attached = True
                     log.info("attached to the scheduler")
                     await self._attached(True)
-                self._apply(answer.generation, _all_desired(answer.replicas))
+                self._apply(answer.generation, _all_desired(answer.replicas), _all_tasks(answer.tasks))
         finally:
             answers.cancel()
 
@@ -162,4 +163,45 @@ def _desired(spec: replica_pb2.ReplicaSpec) -> DesiredReplica:
         queue=spec.queue,
         draining=spec.draining,
         handed_over=spec.handed_over,
+    )
+
+
+def _all_tasks(specs: Iterable[job_pb2.TaskSpec]) -> list[DesiredTask]:
+    """Convert what is well-formed, likewise."""
+    found = []
+    for spec in specs:
+        try:
+            found.append(_desired_task(spec))
+        except PenstockError as error:
+            log.error(
+                "the scheduler wants something malformed", extra={"task": spec.name, "error": str(error)}
+            )
+    return found
+
+
+def _desired_task(spec: job_pb2.TaskSpec) -> DesiredTask:
+    job, number = parse_task(spec.name)
+    kind = spec.job.WhichOneof("work") or ""
+    script = spec.job.train.script
+    tasks = max(1, spec.tasks)
+    return DesiredTask(
+        name=spec.name,
+        job=job,
+        number=number,
+        attempt=spec.attempt,
+        index=spec.index,
+        tasks=tasks,
+        least_tasks=min(spec.job.min_nodes or tasks, tasks),
+        ranks=max(1, spec.job.ranks_per_node),
+        kind=kind,
+        spec=spec.job.SerializeToString(deterministic=True),
+        cpu_millis=spec.resources.cpu_millis,
+        memory_bytes=spec.resources.memory_bytes,
+        devices=tuple(spec.devices),
+        user_code=kind == "train" and spec.job.train.WhichOneof("way") == "script",
+        max_output_bytes=script.max_output_bytes,
+        max_processes=script.max_processes,
+        rendezvous=spec.rendezvous,
+        stopping=spec.stopping,
+        stored_event=spec.stored_event,
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import signal
+from typing import Protocol
 
 from penstock_worker.domain.replica import BatchingPolicy
 
@@ -53,6 +54,36 @@ class BundleFile:
     size_bytes: int
     sha256: str
     """64 lower-case hexadecimal digits."""
+
+
+class Fetchable(Protocol):
+    """What the cache of bundles can fetch: a version of a model, or an artifact of another kind."""
+
+    @property
+    def version_name(self) -> str:
+        """models/{model}/versions/{version} or artifacts/{artifact}/versions/{version}."""
+
+    @property
+    def digest(self) -> str:
+        """Tree digest of the files, of a version with its manifest."""
+
+    @property
+    def manifest(self) -> bytes:
+        """Serialized `penstock.registry.v1.Manifest`; empty for an artifact."""
+
+    @property
+    def files(self) -> tuple[BundleFile, ...]:
+        """Every file."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WantedFiles:
+    """What a job wants fetched; see `Fetchable`."""
+
+    version_name: str
+    digest: str
+    manifest: bytes
+    files: tuple[BundleFile, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

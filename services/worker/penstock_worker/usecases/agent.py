@@ -1,4 +1,4 @@
-"""The life of an agent: attach, keep replicas as wanted, keep house, and on the way out drain."""
+"""The life of an agent: attach, keep replicas and tasks as wanted, keep house, and on the way out drain."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from penstock_kit.lifecycle import TaskSet
 from penstock_worker.usecases.reconcile import Reconciler
 from penstock_worker.usecases.report import Changes
+from penstock_worker.usecases.tasks import TaskReconciler
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Agent:
 
     Args:
         reconciler: Keeps the replicas.
+        tasks: Keeps the tasks of jobs.
         background: Where reclaims run.
         attach: Stays attached to the scheduler until cancelled.
         publish_health: Called when whether the node can take work may have changed.
@@ -66,6 +68,7 @@ class Agent:
         self,
         *,
         reconciler: Reconciler,
+        tasks: TaskReconciler,
         background: Background,
         attach: Callable[[], Awaitable[None]],
         publish_health: Callable[[bool], Awaitable[None]],
@@ -74,6 +77,7 @@ class Agent:
         changes: Changes,
     ) -> None:
         self._reconciler = reconciler
+        self._jobs = tasks
         self._background = background
         self._attach = attach
         self._publish_health = publish_health
@@ -88,9 +92,9 @@ class Agent:
         self._tasks.run_forever("housekeeping", self._keep_house)
 
     async def stop(self) -> None:
-        """Drain all replicas, telling the scheduler meanwhile."""
+        """Drain all replicas and stop all tasks of jobs, telling the scheduler meanwhile."""
         await self._publish_health(False)
-        await self._reconciler.stop()
+        await asyncio.gather(self._reconciler.stop(), self._jobs.stop())
         await self._background.finish(RECLAIM_SECONDS)
         self._changes()
         await asyncio.sleep(LAST_STATUS_SECONDS)
@@ -101,6 +105,7 @@ class Agent:
         while True:
             await asyncio.sleep(HOUSEKEEPING_SECONDS)
             self._reconciler.step()
+            self._jobs.step()
             keepers = self._reconciler.keepers()
             await self._logs.keep_bounded({keeper.desired.replica for keeper in keepers})
             for keeper in keepers:

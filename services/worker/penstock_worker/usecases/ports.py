@@ -9,7 +9,8 @@ from typing import Protocol
 
 from penstock_worker.domain.node import CachedBundle
 from penstock_worker.domain.replica import ProcessStatus, ReplicaConfig
-from penstock_worker.domain.supervision import DesiredReplica, ProcessExit
+from penstock_worker.domain.supervision import Fetchable, ProcessExit
+from penstock_worker.domain.task import DesiredTask, End
 
 
 class ReplicaProcess(Protocol):
@@ -53,12 +54,12 @@ class BundleStore(Protocol):
     """Bundles on this node."""
 
     def lease(
-        self, replica: DesiredReplica, progress: Callable[[str], None]
+        self, replica: Fetchable, progress: Callable[[str], None]
     ) -> contextlib.AbstractAsyncContextManager[Path]:
-        """Provide the bundle of a replica, checked, and keep it for as long as the context lasts.
+        """Provide files, checked, and keep them for as long as the context lasts.
 
         Args:
-            replica: Says which version, and its files and digest.
+            replica: Says which version or artifact, and its files and digest.
             progress: Called with words for people while the bundle is fetched.
 
         Raises:
@@ -85,6 +86,92 @@ class ReplicaLogs(Protocol):
 
     def tail(self, replica: str, lines: int) -> list[str]:
         """Return the last lines; none if there is no log."""
+
+
+class TaskRun(Protocol):
+    """A task on this node: its launcher, if it runs, and what that has said."""
+
+    @property
+    def pid(self) -> int:
+        """Process id of the launcher; 0 while there is none."""
+
+    @property
+    def exit(self) -> ProcessExit | None:
+        """How the launcher ended; none while it runs."""
+
+    @property
+    def end(self) -> End | None:
+        """What the launcher said the end of the task to be."""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an agent before this one has run it here."""
+
+    @property
+    def running(self) -> bool:
+        """Whether ranks have started."""
+
+    @property
+    def rendezvous(self) -> str:
+        """host:port of the store where the ranks meet; of task 0."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """What its processes have for themselves."""
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """What it has published."""
+
+    @property
+    def report(self) -> bytes:
+        """What it has found, a serialized google.protobuf.Struct."""
+
+    @property
+    def last_event(self) -> int:
+        """Number of its last event."""
+
+    def note_stored(self, number: int) -> None:
+        """Take up which events the scheduler has stored."""
+
+    def say(self, text: str) -> None:
+        """Put a line into the job's log."""
+
+    async def start(self, desired: DesiredTask) -> None:
+        """Start a launcher; again after the end of the one before.
+
+        Raises:
+            PenstockError: It cannot be started.
+        """
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the launcher; SIGKILL goes to all of its group."""
+
+    async def sweep(self) -> None:
+        """After the end of the launcher: kill what it may have left behind."""
+
+    async def settle(self, seconds: float) -> None:
+        """Wait, within bounds, until the last checkpoint is in the registry."""
+
+    async def release(self) -> None:
+        """Let go of what was fetched; events are sent on until `forget`."""
+
+    async def forget(self) -> None:
+        """The scheduler wants nothing of it any more."""
+
+
+class TaskHost(Protocol):
+    """Runs tasks of jobs."""
+
+    def check(self, desired: DesiredTask) -> None:
+        """Raise FailedPrecondition unless this node runs such work."""
+
+    async def admit(self, desired: DesiredTask, changed: Callable[[], None]) -> TaskRun:
+        """Provide what a task needs before its processes can start; `changed` is called when it says more.
+
+        Raises:
+            Unavailable: The disk cannot be used.
+        """
 
 
 class Devices(Protocol):

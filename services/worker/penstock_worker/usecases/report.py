@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from penstock.scheduler.v1 import node_pb2, node_service_pb2, replica_pb2
+from penstock.scheduler.v1 import job_pb2, node_pb2, node_service_pb2, replica_pb2
 from penstock_worker.domain.node import Capacity, NodeIdentity
 from penstock_worker.domain.supervision import ObservedReplica
+from penstock_worker.domain.task import ObservedTask
 from penstock_worker.usecases.ports import BundleStore
 from penstock_worker.usecases.reconcile import Reconciler
+from penstock_worker.usecases.tasks import TaskReconciler
 
 MAX_MESSAGE_CHARACTERS = 2_000
 """Of a replica's message: statuses are sent each second."""
@@ -46,6 +48,7 @@ class Report:
         runtimes: Returns the runtimes that work here now.
         bundles: Its cache.
         reconciler: Its replicas.
+        tasks: Its tasks of jobs.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class Report:
         runtimes: Callable[[], tuple[str, ...]],
         bundles: BundleStore,
         reconciler: Reconciler,
+        tasks: TaskReconciler,
     ) -> None:
         self._identity = identity
         self._capacity = capacity
         self._runtimes = runtimes
         self._bundles = bundles
         self._reconciler = reconciler
+        self._tasks = tasks
 
     def node(self) -> node_pb2.Node:
         """Return the node as its agent sees it."""
@@ -99,6 +104,7 @@ class Report:
         return node_service_pb2.AttachRequest(
             node=self.node(),
             replicas=self.replicas(),
+            tasks=[_observed_task(task) for task in self._tasks.observed()],
             observed_generation=self._reconciler.generation,
         )
 
@@ -112,3 +118,21 @@ def _observed(replica: ObservedReplica) -> replica_pb2.ObservedReplica:
         restarts=replica.restarts,
         memory_bytes=replica.memory_bytes,
     )
+
+
+def _observed_task(task: ObservedTask) -> job_pb2.ObservedTask:
+    found = job_pb2.ObservedTask(
+        name=task.name,
+        state=job_pb2.TaskState.Value(f"TASK_STATE_{task.state.name}"),
+        message=task.message[:MAX_MESSAGE_CHARACTERS],
+        pid=task.pid,
+        rendezvous=task.rendezvous,
+        failure_reason=task.cause,
+        permanent=task.permanent,
+        results=task.results,
+        memory_bytes=task.memory_bytes,
+        last_event=task.last_event,
+    )
+    if task.report:
+        found.report.ParseFromString(task.report)
+    return found

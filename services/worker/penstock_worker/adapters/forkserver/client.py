@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from penstock_kit.errors import Unavailable
@@ -120,20 +121,11 @@ class ForkServer:
         Raises:
             Unavailable: The server is not ready in time, or cannot fork.
         """
-        try:
-            async with asyncio.timeout(WARM_SECONDS):
-                await self._ready.wait()
-        except TimeoutError:
-            raise Unavailable(
-                f"The fork server was not ready within {WARM_SECONDS:.0f} s; the agent's log says why."
-            ) from None
+        await self._until_ready()
         try:
             log_fd = self._logs.open(config.replica)
         except OSError as error:
             raise Unavailable(f"The log of the replica cannot be written: {error.strerror}.") from error
-        status_read, status_write = os.pipe2(os.O_CLOEXEC)
-        process = ForkedProcess(config.consumer, status_read, self.signal, on_change)
-        self._processes[config.consumer] = process
         message = {
             "op": "fork",
             "id": config.consumer,
@@ -142,6 +134,63 @@ class ForkServer:
             "env": dict(environment),
             "rlimits": dict(rlimits or {}),
         }
+        return await self._fork(message, log_fd, on_change)
+
+    async def start_program(
+        self,
+        name: str,
+        entry: str,
+        config: str,
+        *,
+        log: Path,
+        title: str,
+        environment: Mapping[str, str],
+        on_change: Callable[[], None],
+    ) -> ForkedProcess:
+        """Start a process that is no replica.
+
+        Args:
+            name: Its name, never used before.
+            entry: What it runs, "package.module:function"; called with `config` and a descriptor to close.
+            config: Passed on as it is.
+            log: Its output is appended to this file.
+            title: Name in process lists; 15 bytes of it are shown.
+            environment: Variables set in it.
+            on_change: Called when it has ended.
+
+        Raises:
+            Unavailable: The server is not ready in time, or cannot fork.
+        """
+        await self._until_ready()
+        try:
+            log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise Unavailable(f"The log {log} cannot be written: {error.strerror}.") from error
+        message = {
+            "op": "fork",
+            "id": name,
+            "entry": entry,
+            "config": config,
+            "title": title,
+            "env": dict(environment),
+            "rlimits": {},
+        }
+        return await self._fork(message, log_fd, on_change)
+
+    async def _until_ready(self) -> None:
+        try:
+            async with asyncio.timeout(WARM_SECONDS):
+                await self._ready.wait()
+        except TimeoutError:
+            raise Unavailable(
+                f"The fork server was not ready within {WARM_SECONDS:.0f} s; the agent's log says why."
+            ) from None
+
+    async def _fork(self, message: wire.Message, log_fd: int, on_change: Callable[[], None]) -> ForkedProcess:
+        """Have a process forked; `log_fd` is closed here."""
+        status_read, status_write = os.pipe2(os.O_CLOEXEC)
+        process = ForkedProcess(message["id"], status_read, self.signal, on_change)
+        self._processes[message["id"]] = process
         try:
             # Not wait_for: before Python 3.12 it may return although it was cancelled, and whoever was
             # cancelled does not end the process.

@@ -252,9 +252,13 @@ def _run_child(
     status = EXIT_UNCAUGHT
     try:
         _become_child(message, parent, log_fd, foreign_fds)
-        config = dataclasses.replace(ReplicaConfig.from_json(message["config"]), status_fd=status_fd)
-        module, _, function = entry.partition(":")
-        status = int(getattr(importlib.import_module(module), function)(config))
+        module, _, function = message.get("entry", entry).partition(":")
+        run = getattr(importlib.import_module(module), function)
+        if "entry" in message:
+            status = int(run(message["config"], status_fd))
+        else:
+            config = dataclasses.replace(ReplicaConfig.from_json(message["config"]), status_fd=status_fd)
+            status = int(run(config))
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     except BaseException:  # noqa: BLE001 - the end of the process: all that is left is to say why

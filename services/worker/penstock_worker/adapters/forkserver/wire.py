@@ -4,6 +4,7 @@ Agent to server:
 
     {"op": "fork", "id": …, "config": "<ReplicaConfig as JSON>", "title": …, "env": {…}, "rlimits": {…}}
         followed in the same write by two file descriptors: status pipe, log file
+        with "entry": "module:function" that is called with the config as it is, not with a ReplicaConfig
     {"op": "signal", "id": …, "signal": 15}     9 goes to the whole process group
 
 Server to agent:

@@ -1,0 +1,148 @@
+"""Checkpoints of a job on this node's disk. All of it blocks.
+
+    <directory>/<step>.partial/   being written, by all ranks of this node
+    <directory>/<step>/           complete; it appears in one step, after its files were forced to the disk
+    <directory>/restored/<step>/  gathered from the registry
+
+What must always hold: `last` names a directory that is complete, however the processes and the machine died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from penstock_worker.adapters import bundle_files
+from penstock_worker.domain.task import megabytes
+from penstock_worker.usecases.job_context import JobFailure
+
+KEPT = 2
+"""The last one, and the one before while that is sent or read."""
+PARTIAL = ".partial"
+ROOM = 1.05
+"""A checkpoint may be so many times as large as the one before without being refused beforehand."""
+
+
+class CheckpointStore:
+    """The checkpoints of one job.
+
+    Args:
+        directory: Where they are; made when needed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._begun: dict[int, int] = {}
+        self._committed: dict[int, set[int]] = {}
+        self._in_use: set[int] = set()
+
+    def begin(self, step: int, generation: int) -> Path:
+        """Return the directory of a checkpoint: empty for the first rank, the same for the others.
+
+        Raises:
+            JobFailure: The disk has no room for another one as large as the last; OUT_OF_DISK.
+        """
+        path = self.directory / f"{step}{PARTIAL}"
+        if self._begun.get(step) != generation or not path.exists():
+            self._clean()
+            self._check_room()
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(parents=True)
+            self._begun[step] = generation
+            self._committed[step] = set()
+        return path
+
+    def commit(self, step: int, rank: int, ranks: int, generation: int) -> bool:
+        """Take note that a rank has written its files; true if that was the last one and it is complete now.
+
+        Args:
+            step: Whose checkpoint.
+            rank: Which.
+            ranks: How many of this node must say so.
+            generation: Of the rank; one of an earlier generation has nothing to say.
+
+        Raises:
+            OSError: The disk does not take it.
+        """
+        if self._begun.get(step) != generation:
+            return False
+        committed = self._committed[step]
+        committed.add(rank)
+        if len(committed) < ranks:
+            return False
+        self._publish(step)
+        del self._begun[step], self._committed[step]
+        return True
+
+    def last(self) -> tuple[int, Path] | None:
+        """Return the step and directory of the last complete checkpoint."""
+        steps = self._steps()
+        return (steps[-1], self.directory / str(steps[-1])) if steps else None
+
+    def hold(self, step: int) -> None:
+        """Keep a checkpoint although there are newer ones, until `release`."""
+        self._in_use.add(step)
+
+    def release(self, step: int) -> None:
+        """Let it go when there are newer ones."""
+        self._in_use.discard(step)
+
+    def restored(self, step: int) -> Path:
+        """Return where one that is gathered from the registry belongs."""
+        return self.directory / "restored" / str(step)
+
+    def _steps(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+    def _publish(self, step: int) -> None:
+        partial, final = self.directory / f"{step}{PARTIAL}", self.directory / str(step)
+        for path, _ in bundle_files.walk(partial):
+            _force(partial / path)
+        for folder, _, _ in os.walk(partial):
+            _force(Path(folder))
+        if final.exists():
+            # Written again after the ranks had to go back behind it; the one before it is still there.
+            shutil.rmtree(final)
+        partial.rename(final)
+        _force(self.directory)
+        self._clean()
+
+    def _clean(self) -> None:
+        """Remove what is older than the last ones, and what was begun and given up."""
+        for old in self._steps()[:-KEPT]:
+            if old not in self._in_use:
+                shutil.rmtree(self.directory / str(old), ignore_errors=True)
+        if self.directory.is_dir():
+            for path in self.directory.glob(f"*{PARTIAL}"):
+                step = path.name.removesuffix(PARTIAL)
+                if not step.isdigit() or int(step) not in self._begun:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _check_room(self) -> None:
+        last = self.last()
+        if last is None:
+            return
+        need = int(bundle_files.size(last[1]) * ROOM)
+        free = bundle_files.free_bytes(self.directory)
+        if free < need:
+            raise JobFailure(
+                f"A checkpoint takes about {megabytes(need)}, and the disk of {self.directory} has "
+                f"{megabytes(free)} left. Free or add space there; the last good one, of step {last[0]}, is "
+                "kept.",
+                "OUT_OF_DISK",
+                permanent=False,
+            )
+
+
+def _force(path: Path) -> None:
+    """Force a file or directory to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(NotADirectoryError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)

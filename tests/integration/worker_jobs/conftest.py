@@ -1,0 +1,72 @@
+"""An agent with a real fork server and real ranks, a scripted scheduler, and real Redis."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+
+from penstock_kit.queue.address import Address
+from penstock_kit.queue.connection import Connection
+from penstock_kit.queue.keys import JOB_EVENTS
+from penstock_worker import app
+from penstock_worker.settings import WorkerSettings
+from support.agent_world import World
+from support.task_events import Events
+
+TESTS = str(Path(__file__).parents[2])
+LAUNCHER = "penstock_worker.adapters.jobs.launcher"
+
+RunAgent = Callable[..., AbstractAsyncContextManager[None]]
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    found = World(f"unix:{tmp_path}/world.sock")
+    await found.start()
+    yield found
+    await found.stop()
+
+
+@pytest.fixture
+def settings(tmp_path: Path, redis_url: str, world: World) -> WorkerSettings:
+    return WorkerSettings(
+        data_dir=tmp_path / "data",
+        redis_url=redis_url,
+        registry_address=world.address,
+        scheduler_address=world.address,
+        worker_listen=f"unix:{tmp_path}/worker.sock",
+        worker_node="test-node",
+        worker_orphan_drain_seconds=1,
+        worker_job_grace_seconds=5,
+    )
+
+
+@pytest.fixture
+def run_agent(settings: WorkerSettings) -> RunAgent:
+    """Runs an agent for as long as a context lasts. Settings can be changed; `torch` has it preloaded."""
+
+    @contextlib.asynccontextmanager
+    async def run(*, torch: bool = False, **changes: object) -> AsyncIterator[None]:
+        changed = settings.model_copy(update=changes)
+        preload = ["support.toy_replica", LAUNCHER, *(["torch.distributed"] if torch else [])]
+        async with app.agent(
+            changed,
+            entry="support.toy_replica:run_replica",
+            preload=preload,
+            search_path=[TESTS],
+            kinds={"train": "support.job_kinds:run", "evaluate": "support.job_kinds:run"},
+        ):
+            yield
+
+    return run
+
+
+@pytest.fixture
+async def events(redis_url: str) -> AsyncIterator[Events]:
+    """What arrives in Redis of what happens in jobs."""
+    connection = await Connection.connect(Address.parse(redis_url), "test")
+    await connection.command("DEL", JOB_EVENTS)
+    yield Events(connection)
+    connection.close()
