@@ -1,0 +1,278 @@
+"""How jobs live: restarts, losses, cancelling, making room, results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from penstock_scheduler.domain.job import JobState, ObservedTask, RegistryWord, TaskState
+from support.job_world import JobWorld, node
+
+RESULT = ("models/digits/versions/2",)
+
+
+def test_a_job_runs_and_succeeds_once_the_registry_has_its_results() -> None:
+    world = JobWorld()
+    world.submit()
+    running = world.until(JobState.RUNNING)
+    assert running.attempt == 1
+    world.say("fit/tasks/0", TaskState.SUCCEEDED, results=RESULT, report=b"found")
+    world.step()
+    assert world.job().state is JobState.FINALIZING
+    world.step(100)
+    assert world.job().state is JobState.FINALIZING
+    assert not world.tasks()
+    world.registry["fit"] = RegistryWord(final=True)
+    world.step()
+    assert world.job().state is JobState.SUCCEEDED
+    assert (world.job().results, world.job().report) == (RESULT, b"found")
+    assert not world.step()
+
+
+def test_a_failure_that_may_not_come_again_is_tried_again_later_and_later() -> None:
+    world = JobWorld()
+    world.submit(max_restarts=2)
+    pauses = []
+    for attempt in (1, 2, 3):
+        world.until(JobState.RUNNING, passes=100)
+        assert world.job().attempt == attempt
+        (task,) = world.tasks()
+        world.say(task.id, TaskState.FAILED, message="Segmentation fault.", failure_reason="SIGNAL")
+        world.step()
+        if world.job().state is JobState.QUEUED:
+            turn = world.job().not_before
+            assert turn is not None
+            pauses.append((turn - world.now).total_seconds())
+            assert "Segmentation fault." in world.job().message
+    assert pauses == [1.0, 2.0]
+    failed = world.job()
+    assert (failed.state, failed.failure_reason, failed.restarts) == (JobState.FAILED, "SIGNAL", 2)
+    assert failed.message == "Segmentation fault. It was started again 2 times before."
+
+
+def test_what_cannot_be_done_fails_at_once_and_its_cause_outweighs_what_follows_from_it() -> None:
+    world = JobWorld()
+    world.submit(tasks=3)
+    world.until(JobState.RUNNING)
+    world.say("fit/tasks/0", TaskState.FAILED, message="Connection reset by peer.")
+    world.say("fit/tasks/2", TaskState.FAILED, message="No memory.", failure_reason="OOM", permanent=True)
+    world.step()
+    world.step()
+    assert (world.job().state, world.job().failure_reason) == (JobState.FAILED, "OOM")
+    assert world.job().message == "No memory."
+
+
+def test_a_cause_that_is_told_while_the_others_are_ended_still_counts() -> None:
+    world = JobWorld()
+    world.submit(tasks=2)
+    world.until(JobState.RUNNING)
+    world.say("fit/tasks/0", TaskState.FAILED, message="Connection reset by peer.")
+    world.step(obey=False)
+    assert world.job().state is JobState.STOPPING
+    world.say("fit/tasks/1", TaskState.FAILED, message="No memory.", failure_reason="OOM", permanent=True)
+    world.step()
+    assert (world.job().state, world.job().failure_reason) == (JobState.FAILED, "OOM")
+
+
+def test_a_lost_node_costs_an_attempt_and_no_restart() -> None:
+    world = JobWorld(node("n1", 1.0), node("n2", 1.0), node("n3", 1.0))
+    world.submit(tasks=4)
+    world.until(JobState.RUNNING)
+    (lost,) = {task.node for task in world.tasks() if task.index == 0}
+    world.lose(lost)
+    # The others fail at once, long before the node is given up.
+    for task in world.tasks():
+        world.say(task.id, TaskState.FAILED, message="Connection reset by peer.")
+    world.step()
+    assert world.job().state is JobState.STOPPING
+    job = world.until(JobState.RUNNING)
+    assert (job.attempt, job.restarts, job.losses) == (2, 0, 1)
+    assert {task.node for task in world.tasks()} == set(world.nodes) - {lost}
+    assert [task.number for task in world.tasks()] == [4, 5, 6, 7]
+
+
+def test_a_job_goes_on_with_fewer_tasks_if_it_may_but_does_not_begin_so() -> None:
+    world = JobWorld(node("n1", 0.5), node("n2", 0.5))
+    world.submit("patient", tasks=3, least=1)
+    world.submit("elastic", tasks=2, least=1)
+    world.until(JobState.RUNNING, "elastic")
+    assert world.job("patient").state is JobState.QUEUED
+    world.cancel("patient")
+    world.lose("n1")
+    world.until(JobState.QUEUED, "elastic") if world.job("elastic").state is JobState.QUEUED else None
+    for _ in range(12):
+        world.step()
+    assert world.job("elastic").state is JobState.RUNNING
+    assert len(world.tasks("elastic")) == 1
+
+
+def test_an_agent_that_comes_back_without_its_tasks_costs_no_restart() -> None:
+    world = JobWorld(node("n1"))
+    world.submit()
+    world.until(JobState.RUNNING)
+    world.processes["n1"].clear()
+    world.step()
+    assert (world.job().attempt, world.job().restarts) == (2, 0)
+
+
+def test_an_agent_that_never_takes_a_task_up_is_not_waited_for_for_ever() -> None:
+    world = JobWorld(node("n1"))
+    world.submit(max_restarts=0)
+    for _ in range(40):
+        world.step(obey=False)
+    assert (world.job().state, world.job().failure_reason) == (JobState.FAILED, "NOT_STARTED")
+
+
+@pytest.mark.parametrize("state", [JobState.QUEUED, JobState.STARTING, JobState.RUNNING, JobState.STOPPING])
+def test_it_is_cancelled_in_every_state(state: JobState) -> None:
+    world = JobWorld(node("n1", 0.25)) if state is JobState.QUEUED else JobWorld()
+    world.submit()
+    if state is JobState.STARTING:
+        world.step(obey=False)
+    elif state is not JobState.QUEUED:
+        world.until(JobState.RUNNING)
+    if state is JobState.STOPPING:
+        world.nodes = {name: replace(each, draining=True) for name, each in world.nodes.items()}
+        world.snapshot = replace(
+            world.snapshot,
+            nodes={n: replace(each, draining=True) for n, each in world.snapshot.nodes.items()},
+        )
+        world.step(obey=False)
+    assert world.job().state is state
+    world.cancel()
+    for _ in range(3):
+        world.step()
+    assert world.ends["fit"] == [JobState.CANCELLED]
+    assert not world.tasks()
+
+
+def test_who_was_cancelled_while_it_succeeded_leaves_nothing_behind() -> None:
+    world = JobWorld()
+    world.submit()
+    world.until(JobState.RUNNING)
+    world.cancel()
+    world.say("fit/tasks/0", TaskState.SUCCEEDED, results=RESULT)
+    for _ in range(3):
+        world.step()
+    assert world.job().state is JobState.CANCELLED
+    assert (world.job().results, world.job().leftovers) == ((), RESULT)
+    world.registry["fit"] = RegistryWord(deleted=frozenset(RESULT))
+    world.step()
+    assert "fit" not in world.snapshot.jobs
+
+
+def test_work_that_is_done_while_it_should_make_room_is_not_done_again() -> None:
+    world = JobWorld(node("n1"))
+    world.submit()
+    world.until(JobState.RUNNING)
+    world.snapshot = replace(
+        world.snapshot, nodes={n: replace(each, draining=True) for n, each in world.snapshot.nodes.items()}
+    )
+    world.step(obey=False)
+    assert world.job().state is JobState.STOPPING
+    world.say("fit/tasks/0", TaskState.SUCCEEDED)
+    world.step()
+    world.step()
+    assert world.job().state is JobState.SUCCEEDED
+
+
+def test_a_drained_node_lets_its_job_go_on_elsewhere() -> None:
+    world = JobWorld()
+    world.submit()
+    world.until(JobState.RUNNING)
+    (task,) = world.tasks()
+    drained = {n: replace(each, draining=n == task.node) for n, each in world.snapshot.nodes.items()}
+    world.snapshot = replace(world.snapshot, nodes=drained)
+    world.step()
+    for _ in range(4):
+        world.step()
+    (moved,) = world.tasks()
+    assert moved.node != task.node
+    assert (world.job().state, world.job().restarts, world.job().losses) == (JobState.RUNNING, 0, 0)
+
+
+def test_who_does_not_stop_for_a_checkpoint_is_ended() -> None:
+    world = JobWorld(node("n1"))
+    world.submit()
+    world.until(JobState.RUNNING)
+    world.snapshot = replace(
+        world.snapshot, nodes={n: replace(each, draining=True) for n, each in world.snapshot.nodes.items()}
+    )
+    for _ in range(59):
+        world.step(obey=False)
+    assert world.job().state is JobState.STOPPING
+    for _ in range(4):
+        world.step()
+        world.processes["n1"].update(
+            {t.id: ObservedTask(TaskState.RUNNING) for t in world.desired("n1").values()}
+        )
+    assert world.job().state is JobState.QUEUED
+
+
+def test_a_job_that_runs_too_long_fails_with_all_its_attempts_counted() -> None:
+    world = JobWorld(node("n1"))
+    world.submit(timeout=timedelta(seconds=20))
+    world.until(JobState.RUNNING)
+    for _ in range(8):
+        world.step()
+    world.processes["n1"].clear()
+    world.until(JobState.RUNNING)
+    for _ in range(15):
+        world.step()
+    assert (world.job().state, world.job().failure_reason) == (JobState.FAILED, "TIMEOUT")
+    assert world.job().ran >= timedelta(seconds=20)
+
+
+def test_a_result_that_the_registry_refuses_fails_the_job_and_is_deleted() -> None:
+    world = JobWorld()
+    world.submit()
+    world.until(JobState.RUNNING)
+    world.say("fit/tasks/0", TaskState.SUCCEEDED, results=RESULT)
+    world.registry["fit"] = RegistryWord(refusal="It has no entrypoint.")
+    for _ in range(3):
+        world.step()
+    assert (world.job().state, world.job().failure_reason) == (JobState.FAILED, "RESULT_REFUSED")
+    assert (world.job().message, world.job().leftovers) == ("It has no entrypoint.", RESULT)
+
+
+def test_what_failed_attempts_left_is_deleted_at_the_end_unless_it_is_the_result() -> None:
+    world = JobWorld()
+    world.submit()
+    world.until(JobState.RUNNING)
+    world.say("fit/tasks/0", TaskState.FAILED, results=("models/digits/versions/1", *RESULT))
+    world.step()
+    world.until(JobState.RUNNING)
+    world.say("fit/tasks/1", TaskState.SUCCEEDED, results=RESULT)
+    world.registry["fit"] = RegistryWord(final=True)
+    for _ in range(3):
+        world.step()
+    assert world.job().state is JobState.SUCCEEDED
+    assert (world.job().results, world.job().leftovers) == (RESULT, ("models/digits/versions/1",))
+
+
+def test_the_end_waits_for_the_last_events_but_not_for_ever() -> None:
+    world = JobWorld()
+    world.submit()
+    world.until(JobState.RUNNING)
+    world.say("fit/tasks/0", TaskState.SUCCEEDED, last_event=7)
+    for _ in range(5):
+        world.step()
+        assert world.job().state is JobState.FINALIZING
+        assert world.desired("n1") or world.desired("n2")
+    for _ in range(4):
+        world.step()
+    assert world.job().state is JobState.SUCCEEDED
+
+
+def test_the_end_comes_as_soon_as_the_events_are_stored() -> None:
+    world = JobWorld()
+    world.submit()
+    world.until(JobState.RUNNING)
+    world.say("fit/tasks/0", TaskState.SUCCEEDED, last_event=7)
+    world.step()
+    (task,) = world.tasks()
+    world.snapshot = replace(world.snapshot, tasks={task.id: replace(task, stored_event=7)})
+    world.step()
+    assert world.job().state is JobState.SUCCEEDED
