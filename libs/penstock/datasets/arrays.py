@@ -80,10 +80,13 @@ def read_npz(path: Path, options: ReadOptions) -> Contents:
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: numpy leaves it open if it is damaged.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise InvalidArgument(f"{path.name} is one array; save x and y with numpy.savez.")
-            arrays = {name: archive[name] for name in archive.files}
+            with archive:
+                arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if "pickle" in str(error).lower() and zipfile.is_zipfile(path):
             raise InvalidArgument(
@@ -114,7 +117,7 @@ def _input(array: NDArray[Any], name: str) -> NDArray[Any]:
         raise InvalidArgument(f"{name!r} has the shape {list(array.shape)}: no values.")
     if array.ndim == 3:
         array = array[:, None, :, :]
-    elif array.ndim == 4 and array.shape[1] not in IMAGE_CHANNELS and array.shape[3] in IMAGE_CHANNELS:
+    elif array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in IMAGE_CHANNELS:
         array = array.transpose(0, 3, 1, 2)
     elif array.ndim == 1:
         array = array[:, None]

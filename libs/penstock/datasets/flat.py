@@ -70,4 +70,5 @@ class Growing:
         if self._file is None:
             return np.concatenate(self._blocks) if self._blocks else self._like
         self._file.flush()
-        return np.memmap(self._file, self._like.dtype, "r+", shape=(self._rows, *self._like.shape[1:]))
+        with self._file as file:
+            return np.memmap(file, self._like.dtype, "r+", shape=(self._rows, *self._like.shape[1:]))

@@ -6,6 +6,7 @@ parquet) an input of its own name; a table whose only feature is a column of tex
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,8 @@ STACKED = "x"
 # Rows of a piece of a parquet file, and bytes of one of a csv file: some megabytes either way.
 _PIECE_ROWS = 32_768
 _BLOCK_BYTES = 8 << 20
+# What pyarrow says of a line with too few or too many values.
+_RAGGED = re.compile(r"Row #(?P<line>\d+): Expected (?P<wanted>\d+) columns, got (?P<found>\d+)")
 
 
 def read_csv(files: Sequence[Path], options: ReadOptions) -> Contents:
@@ -298,17 +301,8 @@ def _open_csv(path: Path, types: Mapping[str, Any]) -> Any:
         pa_csv.ParseOptions(
             delimiter="\t" if path.suffix.lower() == ".tsv" else ",",
             newlines_in_values=True,
-            invalid_row_handler=_refuse_row,
         ),
         pa_csv.ConvertOptions(strings_can_be_null=True, column_types=dict(types)),
-    )
-
-
-def _refuse_row(row: Any) -> str:
-    where = f"line {row.number}" if row.number is not None else repr(row.text[:60])
-    raise InvalidArgument(
-        f"{where} has {row.actual_columns} values where the header has {row.expected_columns} columns. Mend "
-        "it (quote texts with commas in them), and push again."
     )
 
 
@@ -324,12 +318,15 @@ def _said_of(path: Path) -> Iterator[None]:
     """Turn what pyarrow raises into words about the file."""
     try:
         yield
-    except InvalidArgument as error:
-        raise error if path.name in error.message else InvalidArgument(f"{path.name}: {error}") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         words = str(error).partition("\n")[0]
         if "Empty CSV" in words:
             raise InvalidArgument(f"{path.name} is empty.") from error
+        if ragged := _RAGGED.search(words):
+            raise InvalidArgument(
+                f"{path.name}: line {ragged['line']} has {ragged['found']} values where the header has "
+                f"{ragged['wanted']} columns. Mend it (quote texts with commas in them), and push again."
+            ) from error
         raise InvalidArgument(f"{path.name} cannot be read as a table: {words}") from error
 
 
