@@ -1,13 +1,7 @@
-"""Datasets that ship with scikit-learn and Python, and trainings on them without a mesh.
-
-scikit-learn's digits, breast cancer, wine and diabetes are of the UCI repository and others, free to use (BSD);
-the texts are those of Python's own documentation and library (PSF licence).
-"""
+"""The datasets that ship with scikit-learn and Python, and trainings on them without a mesh."""
 
 from __future__ import annotations
 
-import ast
-import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,73 +9,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from penstock.datasets import detect_format, write_example
 from penstock.scheduler.v1 import job_pb2
 from penstock_worker.adapters.training.job import run
 from penstock_worker.usecases.job_context import FetchedDataset
 from support.job_context import FileJobContext, dataset_of
 
-# Packages of the library whose docstrings are told apart.
-PACKAGES = ("email", "asyncio", "unittest", "tkinter", "multiprocessing")
 
-
-def digits(directory: Path) -> FetchedDataset:
-    """1,797 images of 8×8 pixels, 10 classes."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    return _npz(directory, "digits", (found.images[:, None] / 16).astype(np.float32), found.target)
-
-
-def breast_cancer(directory: Path) -> FetchedDataset:
-    """569 rows of 30 numbers, 2 classes."""
-    from sklearn.datasets import load_breast_cancer
-
-    x, y = load_breast_cancer(return_X_y=True)
-    return _npz(directory, "breast_cancer", x.astype(np.float32), y)
-
-
-def wine(directory: Path) -> FetchedDataset:
-    """178 rows of 13 numbers, 3 classes."""
-    from sklearn.datasets import load_wine
-
-    x, y = load_wine(return_X_y=True)
-    return _npz(directory, "wine", x.astype(np.float32), y)
-
-
-def diabetes(directory: Path) -> FetchedDataset:
-    """442 rows of 10 numbers, a number to be predicted."""
-    from sklearn.datasets import load_diabetes
-
-    x, y = load_diabetes(return_X_y=True)
-    return _npz(directory, "diabetes", x.astype(np.float32), y.astype(np.float32))
-
-
-def _npz(directory: Path, name: str, x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> FetchedDataset:
+def example(directory: Path, name: str) -> FetchedDataset:
+    """A dataset of `penstock.datasets.EXAMPLES`, such as sklearn:digits."""
     directory.mkdir(parents=True, exist_ok=True)
-    np.savez(directory / f"{name}.npz", x=x, y=y)
-    return dataset_of(directory, name=name)
+    write_example(name, directory)
+    return dataset_of(directory, name=name.replace(":", "-"), format=detect_format(directory))
 
 
-def docstrings(package: str) -> list[str]:
-    """The docstrings of a package of Python's library, each once, in a fixed order."""
-    found: dict[str, None] = {}
-    root = Path(sysconfig.get_path("stdlib")) / package
-    for path in sorted(root.rglob("*.py")):
-        if "test" in path.relative_to(root).parts:
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node)
-                if text and len(text) > 40:
-                    found.setdefault(text)
-    return list(found)
-
-
-def topics() -> list[str]:
-    """The chapters of Python's reference that `help()` shows: about 700 kB of English with code."""
-    from pydoc_data.topics import topics as found
-
-    return [found[name] for name in sorted(found)]
+def arrays(directory: Path, **named: Any) -> FetchedDataset:
+    """Arrays as an npz dataset."""
+    directory.mkdir(parents=True, exist_ok=True)
+    np.savez(directory / "data.npz", **named)
+    return dataset_of(directory)
 
 
 def train(
