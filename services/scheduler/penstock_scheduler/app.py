@@ -14,6 +14,8 @@ from penstock.scheduler.v1 import (
     job_service_pb2_grpc,
     node_service_pb2,
     node_service_pb2_grpc,
+    project_service_pb2,
+    project_service_pb2_grpc,
     routing_service_pb2,
     routing_service_pb2_grpc,
     scheduler_service_pb2,
@@ -29,6 +31,7 @@ from penstock_scheduler.adapters.registry import GrpcRegistry
 from penstock_scheduler.adapters.work import SqlLeadership, SqlWorks
 from penstock_scheduler.api.jobs import JobServicer
 from penstock_scheduler.api.nodes import NodeServicer
+from penstock_scheduler.api.projects import ProjectServicer
 from penstock_scheduler.api.routing import RoutingServicer
 from penstock_scheduler.api.scheduler import SchedulerServicer
 from penstock_scheduler.domain.joining import Doorkeeper
@@ -43,6 +46,7 @@ from penstock_scheduler.usecases.job_events import EventIntake, JobEvents
 from penstock_scheduler.usecases.job_results import JobResults
 from penstock_scheduler.usecases.jobs import Jobs
 from penstock_scheduler.usecases.nodes import Nodes
+from penstock_scheduler.usecases.projects import Projects
 from penstock_scheduler.usecases.reconcile import Reconciler
 from penstock_scheduler.usecases.rollouts import Rollouts
 from penstock_scheduler.usecases.traffic import Traffic
@@ -122,6 +126,11 @@ class Scheduler:
             job_service_pb2_grpc.add_JobServiceServicer_to_server,
             JobServicer(jobs, JobEvents(works, jobs)),
             job_service_pb2.DESCRIPTOR.services_by_name["JobService"].full_name,
+        )
+        self._server.add(
+            project_service_pb2_grpc.add_ProjectServiceServicer_to_server,
+            ProjectServicer(Projects(works, self._wake)),
+            project_service_pb2.DESCRIPTOR.services_by_name["ProjectService"].full_name,
         )
         self._server.add(
             node_service_pb2_grpc.add_NodeServiceServicer_to_server,

@@ -35,7 +35,7 @@ def held(world: PlannerWorld, project: str) -> float:
         if r.placed and deployments[r.deployment].project == project
     ]
     millis += [t.resources.cpu_millis for t in world.tasks if world.snapshot.jobs[t.job].project == project]
-    return sum(millis) / 1000
+    return float(sum(millis)) / 1000
 
 
 # -- quotas -----------------------------------------------------------------------------------------

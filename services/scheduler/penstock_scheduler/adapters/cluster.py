@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import delete, exists, insert, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -26,11 +26,13 @@ from penstock_scheduler.adapters.mapping import (
     replica_from_row,
     replica_values,
 )
+from penstock_scheduler.adapters.projects import SqlProjects
 from penstock_scheduler.adapters.rollouts import same_hands
 from penstock_scheduler.adapters.rows import (
     AliasesRow,
     AllocationDeviceRow,
     AllocationRow,
+    Base,
     DeploymentRow,
     DeviceRow,
     LeaderRow,
@@ -49,6 +51,8 @@ from penstock_scheduler.domain.version import Version, VersionKey
 from penstock_scheduler.usecases.ports import AllocationView, NodeView, OperatorSays, Stored
 
 _STOPPED = ReplicaState.STOPPED.name
+_ROWS = 1000
+T = TypeVar("T")
 
 
 class SqlCluster:
@@ -63,6 +67,8 @@ class SqlCluster:
         self._session = session
         self._versions = versions
         self._jobs = SqlJobs(session)
+        self._projects = SqlProjects(session)
+        self._loaded: Stored | None = None
 
     async def load(self) -> Stored:
         """See `ClusterStore.load`. A few statements, whatever the size of the cluster."""
@@ -85,7 +91,7 @@ class SqlCluster:
             for spec in (deployment.asked, deployment.serving):
                 needed.update(target.version for target in (spec.targets if spec else ()))
         jobs, tasks, marks = await self._jobs.load()
-        return Stored(
+        self._loaded = Stored(
             nodes={n.name: n for n in nodes},
             deployments={d.name: d for d in deployments},
             replicas={r.id: r for r in replicas},
@@ -94,7 +100,9 @@ class SqlCluster:
             jobs=jobs,
             tasks=tasks,
             job_marks=marks,
+            projects=await self._projects.load(),
         )
+        return self._loaded
 
     async def load_versions(self, keys: set[VersionKey]) -> Mapping[VersionKey, Version]:
         """See `ClusterStore.load_versions`."""
@@ -120,10 +128,15 @@ class SqlCluster:
         # A share lock: whoever takes the lead over waits for this transaction, or this one sees it.
         if await session.scalar(select(LeaderRow.epoch).with_for_update(read=True)) != epoch:
             raise Aborted("Another scheduler leads now.", reason=Reason.CONFLICT)
+        await self._lock_projects(plan)
         uids = await self._uids(r.deployment for r in plan.replicas)
         stopped = [r.id for r in plan.replicas if r.state is ReplicaState.STOPPED]
         try:
             if stopped:
+                # In one statement, as what projects hold is counted once for each.
+                await session.execute(
+                    delete(AllocationDeviceRow).where(AllocationDeviceRow.replica.in_(stopped))
+                )
                 await session.execute(delete(AllocationRow).where(AllocationRow.replica.in_(stopped)))
             await self._jobs.free([task for task in plan.tasks if not task.placed])
             await self._save_nodes(plan.nodes)
@@ -231,11 +244,32 @@ class SqlCluster:
 
     # -- parts ------------------------------------------------------------------------------------
 
+    async def _lock_projects(self, plan: Plan) -> None:
+        """Makes sure that the quotas which a plan keeps stay until the transaction ends.
+
+        Raises:
+            Aborted: one was changed since the plan was made.
+        """
+        before = self._loaded
+        if before is None:
+            return
+        names = {before.deployments[r.deployment].project for r in plan.replicas}
+        names.update(before.jobs[task.job].project for task in plan.tasks)
+        present = await self._projects.lock(names) if names else {}
+        for name in sorted(names):
+            if present.get(name) != before.projects.get(name):
+                raise Aborted(f"Project {name} changed meanwhile.", reason=Reason.CONFLICT)
+
     async def _uids(self, names: Iterable[str]) -> Mapping[str, int]:
-        query = select(DeploymentRow.name, DeploymentRow.uid).where(
+        query = select(DeploymentRow.name, DeploymentRow.uid, DeploymentRow.project).where(
             DeploymentRow.name.in_(set(names)), DeploymentRow.delete_time.is_(None)
         )
-        return {row.name: row.uid for row in await self._session.execute(query)}
+        rows = list(await self._session.execute(query))
+        known = self._loaded.deployments if self._loaded else {}
+        for row in rows:
+            if row.name in known and row.project != known[row.name].project:
+                raise Aborted(f"Deployment {row.name} moved meanwhile.", reason=Reason.CONFLICT)
+        return {row.name: row.uid for row in rows}
 
     async def _save_nodes(self, nodes: Sequence[Node]) -> None:
         for node in nodes:
@@ -259,19 +293,19 @@ class SqlCluster:
                 )
 
     async def _save_replicas(self, replicas: Sequence[Replica], uids: Mapping[str, int]) -> None:
-        if replicas:
-            values = [replica_values(r, uids[r.deployment]) for r in replicas]
-            statement = upsert(ReplicaRow).values(values)
-            changing = (
-                "state",
-                "message",
-                "node",
-                "devices",
-                "resources",
-                "restarts",
-                "pid",
-                "update_time",
-            )
+        changing = (
+            "state",
+            "message",
+            "node",
+            "devices",
+            "resources",
+            "surge",
+            "restarts",
+            "pid",
+            "update_time",
+        )
+        for part in _parts(replicas):
+            statement = upsert(ReplicaRow).values([replica_values(r, uids[r.deployment]) for r in part])
             await self._session.execute(
                 statement.on_conflict_do_update(index_elements=["id"], set_=_excluded(statement, changing))
             )
@@ -291,8 +325,8 @@ class SqlCluster:
         if not fresh:
             return
         now = datetime.now(UTC)
-        await self._session.execute(
-            insert(AllocationRow),
+        await self._insert(
+            AllocationRow,
             [
                 {
                     "replica": r.id,
@@ -320,8 +354,12 @@ class SqlCluster:
             if r.resources.gpus
             for d in r.devices
         ]
-        if devices:
-            await self._session.execute(insert(AllocationDeviceRow), devices)
+        await self._insert(AllocationDeviceRow, devices)
+
+    async def _insert(self, row: type[Base], values: Sequence[Mapping[str, Any]]) -> None:
+        """Inserts rows, many by each statement."""
+        for part in _parts(values):
+            await self._session.execute(insert(row).values(list(part)))
 
     async def _take_in(self, names: Collection[str]) -> Mapping[tuple[str, str], int]:
         """Makes sure that nodes take new replicas until the transaction ends; the memory of their GPUs.
@@ -383,6 +421,11 @@ def refused(error: IntegrityError) -> Internal:
         f"The database refused a plan: it would break {constraint}. Nothing was changed.",
         metadata={"constraint": constraint},
     )
+
+
+def _parts(items: Sequence[T]) -> Iterable[Sequence[T]]:
+    """As many at a time as a statement may have parameters for."""
+    return (items[start : start + _ROWS] for start in range(0, len(items), _ROWS))
 
 
 def _excluded(statement: Any, columns: Iterable[str]) -> dict[str, Any]:

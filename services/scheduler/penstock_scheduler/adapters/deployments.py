@@ -28,6 +28,7 @@ from penstock_scheduler.adapters.rows import (
     VersionRow,
 )
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState, Revision
+from penstock_scheduler.domain.project import unknown_project
 from penstock_scheduler.domain.replica import ReplicaState
 from penstock_scheduler.domain.version import Version, VersionKey
 from penstock_scheduler.usecases.ports import DeploymentView, Uses
@@ -78,6 +79,8 @@ class SqlDeployments:
                     f"Deployment {deployment.name} exists already; choose another name, or update it.",
                     metadata={"deployment": deployment.name},
                 ) from error
+            if violated_constraint(error) == "fk_deployments_project":
+                raise unknown_project(deployment.project) from error
             raise
         return deployment_from_row(row)
 

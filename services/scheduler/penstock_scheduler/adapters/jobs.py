@@ -31,6 +31,7 @@ from penstock_scheduler.adapters.rows import (
     TaskRow,
 )
 from penstock_scheduler.domain.job import Job, JobState, Task, TaskState
+from penstock_scheduler.domain.project import unknown_project
 from penstock_scheduler.usecases.ports import JobMark, JobRequest, JobView
 
 _STOPPED = TaskState.STOPPED.name
@@ -154,6 +155,8 @@ class SqlJobs:
                     f"Job {job.id} exists already; choose another name, or delete it when it has ended.",
                     metadata={"job": job.id},
                 ) from error
+            if violated_constraint(error) == "fk_jobs_project":
+                raise unknown_project(job.project) from error
             raise
         return job
 

@@ -63,6 +63,7 @@ class DeploymentRow(Base):
     asked: Mapped[Json]
     serving: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     labels: Mapped[Json]
+    project: Mapped[str] = mapped_column(Text, server_default="default")
     max_queue_depth: Mapped[Int]
     cache: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
     rollout_policy: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
@@ -181,6 +182,7 @@ class ReplicaRow(Base):
     resources: Mapped[Json]
     batching: Mapped[Json]
     constraints: Mapped[Any | None] = mapped_column(JSONB(none_as_null=True))
+    surge: Mapped[bool] = mapped_column(server_default="false")
     restarts: Mapped[Int]
     pid: Mapped[Int]
     create_time: Mapped[Time]

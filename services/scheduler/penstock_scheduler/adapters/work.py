@@ -17,6 +17,7 @@ from penstock_scheduler.adapters.cluster import SqlCluster, refused
 from penstock_scheduler.adapters.deployments import SqlDeployments
 from penstock_scheduler.adapters.job_events import SqlJobEvents
 from penstock_scheduler.adapters.jobs import SqlJobs
+from penstock_scheduler.adapters.projects import SqlProjects
 from penstock_scheduler.adapters.rollouts import SqlRollouts
 from penstock_scheduler.domain.version import Version, VersionKey
 
@@ -67,6 +68,7 @@ class SqlWork(UnitOfWork):
         self.cluster = SqlCluster(session, self._versions)
         self.rollouts = SqlRollouts(session)
         self.jobs = SqlJobs(session)
+        self.projects = SqlProjects(session)
         self.job_events = SqlJobEvents(session)
 
     async def commit(self) -> None:

@@ -26,6 +26,7 @@ from penstock_scheduler.domain.deployment import (
     Revision,
     Target,
 )
+from penstock_scheduler.domain.project import DEFAULT_PROJECT
 from penstock_scheduler.domain.replica import Replica, ReplicaState
 from penstock_scheduler.domain.resources import Batching, Resources
 from penstock_scheduler.domain.rollout.targets import live_targets
@@ -86,6 +87,7 @@ def asked_from_message(message: deployment_pb2.Deployment) -> Asked:
             )
         ),
         labels=check_labels(dict(message.labels)),
+        project=names.parse_project(message.project) if message.project else DEFAULT_PROJECT,
         max_queue_depth=check_queue_depth(message.max_queue_depth, DEFAULT_QUEUE_DEPTH),
         cache=_cache_asked(message.cache),
         rollout_policy=policy_from_message(message.rollout_policy)
@@ -197,6 +199,7 @@ def deployment_to_message(view: DeploymentView) -> deployment_pb2.Deployment:
         ],
         autoscaling=_autoscaling(deployment.autoscaling),
         desired_replicas=deployment.desired_replicas,
+        project=names.project_name(deployment.project),
     )
 
 

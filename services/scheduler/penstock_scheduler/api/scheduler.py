@@ -38,6 +38,7 @@ _CHANGEABLE = (
     "autoscaling",
     "node_selector",
     "tolerations",
+    "project",
 )
 _CHANGEABLE_PARTS = tuple(
     f"{whole}.{part.name}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from penstock_kit.errors import FailedPrecondition, InvalidArgument, Reason
+from penstock_kit.errors import FailedPrecondition, InvalidArgument, NotFound, Reason
 from penstock_scheduler.domain.resources import Resources, human_bytes
 
 DEFAULT_PROJECT = "default"
@@ -266,6 +266,15 @@ def check_move(deployment: str, project: Project, held: Holding, moves: Holding)
             reason=Reason.QUOTA_BELOW_USE,
             metadata={"project": project.name, "deployment": deployment},
         )
+
+
+def unknown_project(name: str) -> NotFound:
+    """There is no such project."""
+    return NotFound(
+        f"There is no project {name}; list them with `penstock projects`, or create it.",
+        reason=Reason.RESOURCE_NOT_FOUND,
+        metadata={"project": name},
+    )
 
 
 def known(projects: Mapping[str, Project], name: str) -> Project:

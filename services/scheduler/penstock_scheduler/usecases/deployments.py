@@ -31,6 +31,7 @@ from penstock_scheduler.domain.planner.feasible import (
     closest,
 )
 from penstock_scheduler.domain.planner.snapshot import group_of
+from penstock_scheduler.domain.project import DEFAULT_PROJECT, check_move, unknown_project
 from penstock_scheduler.domain.resources import NO_RESOURCES, Batching, Defaults, Resources
 from penstock_scheduler.domain.rollout import RolloutPolicy
 from penstock_scheduler.domain.validate import (
@@ -58,6 +59,7 @@ class Asked:
     batching: Batching | None = None
     constraints: Constraints = NO_CONSTRAINTS
     labels: tuple[tuple[str, str], ...] = ()
+    project: str = DEFAULT_PROJECT
     max_queue_depth: int = DEFAULT_QUEUE_DEPTH
     cache: ResponseCache = NO_CACHE
     rollout_policy: RolloutPolicy | None = None
@@ -125,6 +127,7 @@ class Deployments:
                     name=name,
                     asked=spec,
                     labels=asked.labels,
+                    project=asked.project,
                     max_queue_depth=asked.max_queue_depth,
                     cache=asked.cache,
                     rollout_policy=asked.rollout_policy,
@@ -167,7 +170,8 @@ class Deployments:
         Raises:
             NotFound: there is no such deployment, model, version or alias.
             Aborted: it changed since the caller read it (etag).
-            FailedPrecondition: see `create`; or it is being deleted.
+            FailedPrecondition: see `create`; or it is being deleted, or moves to a project whose quota has no
+                room for it.
             Unavailable: the registry or the database cannot be reached.
         """
         asked = changes.asked
@@ -184,7 +188,7 @@ class Deployments:
                 earlier = await work.deployments.claim_request(request_id, fingerprint)
                 if earlier is not None:
                     return await self._seen(earlier)
-            old = await self._lock(work, name, changes.etag)
+            old = await self._lock_and_move(work, name, changes)
             spec = old.asked
             if fresh is not None:
                 spec = replace(spec, targets=fresh[0].targets)
@@ -202,6 +206,7 @@ class Deployments:
             changed = replace(
                 old,
                 labels=asked.labels if "labels" in changes.fields else old.labels,
+                project=asked.project if "project" in changes.fields else old.project,
                 max_queue_depth=(
                     asked.max_queue_depth if "max_queue_depth" in changes.fields else old.max_queue_depth
                 ),
@@ -347,6 +352,29 @@ class Deployments:
                 metadata={"deployment": name, "etag": deployment.etag},
             )
         return deployment
+
+    async def _lock_and_move(self, work: Work, name: str, changes: Changes) -> Deployment:
+        """Locks a deployment; if it is to move to another project, both projects before it."""
+        if "project" not in changes.fields:
+            return await self._lock(work, name, changes.etag)
+        seen = await work.deployments.get(name)
+        if seen is None:
+            raise _unknown(name)
+        to = changes.asked.project
+        projects = await work.projects.lock({seen.project, to})
+        if to not in projects:
+            raise unknown_project(to)
+        old = await self._lock(work, name, changes.etag)
+        if old.project not in projects:
+            raise Aborted(
+                f"Deployment {name} moved to another project meanwhile; retry.",
+                reason=Reason.CONFLICT,
+                metadata={"deployment": name},
+            )
+        if old.project != to:
+            moves = await work.projects.held_by(old.uid)
+            check_move(name, projects[to], await work.projects.held(to), moves)
+        return old
 
     async def _store(
         self,

@@ -14,6 +14,7 @@ from penstock_scheduler.domain.job import EventKind, Job, JobState, Task
 from penstock_scheduler.domain.job_events import JobEvent
 from penstock_scheduler.domain.node import Node
 from penstock_scheduler.domain.planner import Plan
+from penstock_scheduler.domain.project import NOTHING, Holding, Project
 from penstock_scheduler.domain.replica import Replica
 from penstock_scheduler.domain.rollout import Rollout
 from penstock_scheduler.domain.version import Version, VersionKey
@@ -73,6 +74,28 @@ class AllocationView:
 
 
 @dataclass(frozen=True, slots=True)
+class ProjectView:
+    """A project with what it holds.
+
+    Attributes:
+        project: the project.
+        held: what its replicas and tasks hold.
+        total: what the cluster has.
+        waiting: its replicas and tasks that wait for a place.
+    """
+
+    project: Project
+    held: Holding = NOTHING
+    total: Holding = NOTHING
+    waiting: int = 0
+
+    @property
+    def share(self) -> float:
+        """Its dominant share over its weight."""
+        return self.held.share_of(self.total) / self.project.weight
+
+
+@dataclass(frozen=True, slots=True)
 class JobMark:
     """What grows whenever a watcher of a job would see something change."""
 
@@ -119,6 +142,7 @@ class Stored:
     jobs: Mapping[str, Job] = field(default_factory=dict)
     tasks: Mapping[str, Task] = field(default_factory=dict)
     job_marks: Mapping[str, JobMark] = field(default_factory=dict)
+    projects: Mapping[str, Project] = field(default_factory=dict)
 
 
 class DeploymentStore(Protocol):
@@ -295,6 +319,44 @@ class JobStore(Protocol):
         """A page, newest first, after the one made at that moment with that id; empty filters pass all."""
 
 
+class ProjectStore(Protocol):
+    """Projects in the open transaction. Who locks deployments too locks projects first."""
+
+    async def lock(self, names: Collection[str], *, alone: bool = False) -> Mapping[str, Project]:
+        """Those of these names that there are; nobody else changes them until the transaction ends.
+
+        With `alone` nobody names them anew either.
+        """
+
+    async def held(self, name: str) -> Holding:
+        """What a project holds."""
+
+    async def held_by(self, deployment_uid: int) -> Holding:
+        """What the replicas of a deployment hold."""
+
+    async def used_by(self, name: str) -> str:
+        """A deployment or an unfinished job that names a project; empty if none does."""
+
+    async def view(self, name: str) -> ProjectView | None:
+        """One with what it holds."""
+
+    async def views(self, after: str, limit: int) -> Sequence[ProjectView]:
+        """A page by name."""
+
+    async def add(self, project: Project) -> None:
+        """Stores a new one.
+
+        Raises:
+            AlreadyExists: the name is taken.
+        """
+
+    async def replace(self, project: Project) -> None:
+        """Stores what changed of one that was read with `lock`; what it holds beyond its quota stays."""
+
+    async def remove(self, name: str) -> None:
+        """Forgets one that was read with `lock`."""
+
+
 class Work(Protocol):
     """A transaction; leaving it without `commit` changes nothing."""
 
@@ -309,6 +371,10 @@ class Work(Protocol):
     @property
     def jobs(self) -> JobStore:
         """Jobs."""
+
+    @property
+    def projects(self) -> ProjectStore:
+        """Projects."""
 
     @property
     def job_events(self) -> JobEventStore:
@@ -416,6 +482,8 @@ __all__ = [
     "Leadership",
     "NodeView",
     "OperatorSays",
+    "ProjectStore",
+    "ProjectView",
     "Registry",
     "RolloutStore",
     "Stored",

@@ -213,6 +213,7 @@ class Reconciler:
             reports=self._hub.reports(expected, self._led_since),
             aliases=stored.aliases,
             jobs=stored.jobs,
+            projects=stored.projects,
             tasks=stored.tasks,
             registry=self._results.words(),
         )

@@ -258,7 +258,7 @@ class _Seats:
 
 
 def _fill(usages: Sequence[Usage], need: Need, most: int) -> list[tuple[str, ...]]:
-    """Places up to `most` tasks in all of these views of one node; the devices of each in the first of them."""
+    """Places up to `most` tasks in all of these views of one node; their devices in the first of them."""
     found: list[tuple[str, ...]] = []
     while len(found) < most:
         places = [check(usage, need) for usage in usages]
