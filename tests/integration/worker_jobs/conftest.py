@@ -1,18 +1,21 @@
-"""An agent with a real fork server and real ranks, a scripted scheduler, and real Redis."""
+"""An agent with a real fork server and real ranks, a scripted scheduler, a real registry and Redis."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from penstock_kit.db import migrate
 from penstock_kit.queue.address import Address
 from penstock_kit.queue.connection import Connection
 from penstock_kit.queue.keys import JOB_EVENTS
 from penstock_worker import app
 from penstock_worker.settings import WorkerSettings
 from support.agent_world import World
+from support.registry_world import Registry, running_registry
 from support.task_events import Events
 
 TESTS = str(Path(__file__).parents[2])
@@ -30,11 +33,24 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, redis_url: str, world: World) -> WorkerSettings:
+def registry_database(databases: Any) -> Iterator[str]:
+    url = databases.create_from("registry", lambda url: migrate(url, "registry"))
+    yield url
+    databases.drop(url)
+
+
+@pytest.fixture
+async def registry(registry_database: str, short_path: Path) -> AsyncIterator[Registry]:
+    async with running_registry(short_path, registry_database) as running:
+        yield running
+
+
+@pytest.fixture
+def settings(tmp_path: Path, redis_url: str, world: World, registry: Registry) -> WorkerSettings:
     return WorkerSettings(
         data_dir=tmp_path / "data",
         redis_url=redis_url,
-        registry_address=world.address,
+        registry_address=registry.app.address,
         scheduler_address=world.address,
         worker_listen=f"unix:{tmp_path}/worker.sock",
         worker_node="test-node",

@@ -1,31 +1,17 @@
 """A task of a job runs on a node: what its work says arrives, and how it ends is known."""
 
+from pathlib import Path
 
+import pytest
 from google.protobuf.json_format import MessageToDict
 
-from penstock.scheduler.v1 import job_pb2, job_work_pb2
-from support.agent_world import World
+from support.agent_world import World, until
+from support.job_specs import job, steps_of
 from support.task_events import Events
-
-from .conftest import RunAgent
-
-
-def job(do: str, *, script: bool = False, ranks: int = 1, **labels: object) -> job_pb2.Job:
-    made = job_pb2.Job(
-        name="jobs/j",
-        ranks_per_node=ranks,
-        labels={"do": do, **{key: str(value) for key, value in labels.items()}},
-        train=job_work_pb2.TrainWork(dataset="d", model="models/m"),
-    )
-    if script:
-        made.train.script.code = "c"
-    else:
-        made.train.recipe.SetInParent()
-    return made
 
 
 async def test_what_the_work_says_arrives_in_order_and_its_report_is_told(
-    world: World, run_agent: RunAgent, events: Events
+    world: World, run_agent, events: Events
 ) -> None:
     async with run_agent():
         task = world.want_task(job("hello"))
@@ -42,3 +28,65 @@ async def test_what_the_work_says_arrives_in_order_and_its_report_is_told(
         assert [e.progress.done for e in found if e.HasField("progress")][-1] == 2
         world.drop_task(task.name)
         await world.task_state(task.name, "STOPPED")
+
+
+@pytest.mark.parametrize(
+    ("how", "cause", "permanent", "words"),
+    [
+        ("failure", "INVALID_DATA", True, "NaN in row 7"),
+        ("bug", "ERROR", False, "ZeroDivisionError: a bug in the work"),
+        ("disk", "OUT_OF_DISK", False, "/data/model.bin"),
+        ("memory", "OUT_OF_MEMORY", True, "given 2147 MB"),
+        ("vanish", "ERROR", False, "status 7"),
+    ],
+)
+async def test_why_work_failed_is_told_in_words_with_its_cause(
+    world: World, run_agent, how: str, cause: str, permanent: bool, words: str
+) -> None:
+    async with run_agent():
+        task = world.want_task(job("fail", how=how))
+        seen = await world.task_state(task.name, "FAILED")
+        assert (seen.failure_reason, seen.permanent) == (cause, permanent)
+        assert words in seen.message
+
+
+async def test_work_that_is_to_stop_writes_a_checkpoint_and_the_next_attempt_goes_on_from_it(
+    world: World, run_agent, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    wanted = job("count", to=40, every=1000, hold=10, trace=trace)
+    async with run_agent():
+        task = world.want_task(wanted)
+        await until(lambda: 10 in steps_of(trace))
+        world.change_task(task.name, stopping=True)
+        await world.task_state(task.name, "STOPPED")
+        (tmp_path / "trace.go").touch()
+        world.drop_task(task.name)
+        again = world.want_task(wanted, 1, attempt=2)
+        await world.task_state(again.name, "SUCCEEDED")
+    assert steps_of(trace) == list(range(1, 41))
+
+
+async def test_work_that_does_not_stop_is_killed_when_its_time_is_over(world: World, run_agent) -> None:
+    async with run_agent(worker_job_grace_seconds=0.5):
+        task = world.want_task(job("fail", how="deaf"))
+        await world.task_state(task.name, "RUNNING")
+        world.change_task(task.name, stopping=True)
+        seen = await world.task_state(task.name, "STOPPED")
+        assert "did not stop within 0.5 s" in seen.message
+
+
+async def test_a_kind_of_job_that_this_release_does_not_know_is_refused(world: World, run_agent) -> None:
+    wanted = job("hello")
+    wanted.profile.version = "models/m/versions/1"
+    async with run_agent():
+        seen = await world.task_state(world.want_task(wanted).name, "FAILED")
+        assert seen.permanent
+        assert "'profile'" in seen.message
+
+
+async def test_a_program_of_a_users_is_refused_unless_the_operator_allows_it(world: World, run_agent) -> None:
+    async with run_agent():
+        seen = await world.task_state(world.want_task(job("hello", script=True)).name, "FAILED")
+        assert seen.permanent
+        assert "PENSTOCK_ALLOW_USER_CODE" in seen.message

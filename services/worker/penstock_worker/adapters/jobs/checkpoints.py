@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from penstock_worker.adapters import bundle_files
@@ -37,6 +38,8 @@ class CheckpointStore:
         self._begun: dict[int, int] = {}
         self._committed: dict[int, set[int]] = {}
         self._in_use: set[int] = set()
+        # Ranks come at the same time, each in a thread.
+        self._lock = threading.Lock()
 
     def begin(self, step: int, generation: int) -> Path:
         """Return the directory of a checkpoint: empty for the first rank, the same for the others.
@@ -44,6 +47,10 @@ class CheckpointStore:
         Raises:
             JobFailure: The disk has no room for another one as large as the last; OUT_OF_DISK.
         """
+        with self._lock:
+            return self._begin(step, generation)
+
+    def _begin(self, step: int, generation: int) -> Path:
         path = self.directory / f"{step}{PARTIAL}"
         if self._begun.get(step) != generation or not path.exists():
             self._clean()
@@ -66,6 +73,10 @@ class CheckpointStore:
         Raises:
             OSError: The disk does not take it.
         """
+        with self._lock:
+            return self._commit(step, rank, ranks, generation)
+
+    def _commit(self, step: int, rank: int, ranks: int, generation: int) -> bool:
         if self._begun.get(step) != generation:
             return False
         committed = self._committed[step]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import secrets
 import shutil
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 512
 HELLO_SECONDS = 10.0
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Clerk(Protocol):
@@ -137,8 +139,8 @@ async def _answer(
         return {"error": error_fields(error)}
     except OSError as error:
         words = f"The node's disk: {error.strerror or error}."
-        full = {"message": words, "cause": "OUT_OF_DISK", "permanent": False}
-        return {"failure": full}
+        cause = "OUT_OF_DISK" if error.errno in FULL else "DISK"
+        return {"failure": {"message": words, "cause": cause, "permanent": False}}
     except Exception as error:
         log.exception("a call of a job failed")
         words = f"{message['op']}: {type(error).__name__}; see the agent's log."

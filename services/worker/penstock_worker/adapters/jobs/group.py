@@ -64,15 +64,18 @@ class LauncherAgent(SimpleElasticAgent):
         spec: How many ranks, and where they meet.
         config: Of the task.
         connection: To the launcher.
+        generation: Times that ranks were started before this process.
     """
 
-    def __init__(self, spec: WorkerSpec, config: LauncherConfig, connection: socket.socket) -> None:
+    def __init__(
+        self, spec: WorkerSpec, config: LauncherConfig, connection: socket.socket, generation: int
+    ) -> None:
         super().__init__(spec, exit_barrier_timeout=EXIT_BARRIER_SECONDS)
         self.end: End | None = None
         self._config = config
         self._connection = connection
         self._unpacker = wire.Unpacker()
-        self._generation = -1
+        self._generation = generation - 1
         self._ends: dict[int, End] = {}
         self._killed = False
         self._ranks_store: TCPStore | None = None
@@ -239,7 +242,7 @@ def rendezvous(config: LauncherConfig, store: TCPStore) -> RendezvousHandler:
     )
 
 
-def run_group(config: LauncherConfig, connection: socket.socket) -> int:
+def run_group(config: LauncherConfig, connection: socket.socket, generation: int) -> int:
     """Keep the ranks of one task in their group until they have ended, and say to the launcher how."""
     # The ranks get a store of their own for each round, from here.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -260,7 +263,7 @@ def run_group(config: LauncherConfig, connection: socket.socket) -> int:
             max_restarts=config.max_regroups,
             monitor_interval=MONITOR_SECONDS,
         )
-        agent = LauncherAgent(spec, config, connection)
+        agent = LauncherAgent(spec, config, connection, generation)
         agent.run()
         end = agent.end
     except ConnectionResetError:

@@ -138,7 +138,7 @@ class TaskRoom:
             PenstockError: It cannot be started.
         """
         self._desired = desired
-        self._clerk.end, self._clerk.running, self._clerk.rendezvous = None, False, ""
+        self._clerk.begin()
         self._token = self._host.desk.open(self._clerk)
         self._process = await self._host.launch(desired, self._room.directory, self._token, self._changed)
 

@@ -194,7 +194,8 @@ class Launcher:
             code = os.WEXITSTATUS(status)
             kind = _BY_STATUS.get(code, EndKind.FAILED)
             words = "" if code in _BY_STATUS or code == EXIT_FAILED else self._vanished(rank, code)
-            end = End(kind, words, "USER_CODE" if words and self._config.user_code else "")
+            cause = "USER_CODE" if self._config.user_code else "ERROR"
+            end = End(kind, words, cause if words else "")
         self._ends.append(end)
         if self._group_socket is not None and self._stop_deadline is None:
             message = {"op": "exited", "generation": rank.generation, "local": rank.local}
@@ -264,7 +265,7 @@ class Launcher:
                 if limits.die_with_parent(parent):
                     from penstock_worker.adapters.jobs.group import run_group
 
-                    status = run_group(self._config, theirs)
+                    status = run_group(self._config, theirs, self._generation)
             finally:
                 os._exit(status)
         theirs.close()

@@ -149,6 +149,8 @@ def kill_marked(mark: str) -> int:
     for entry in os.listdir("/proc"):  # noqa: PTH208 - as above
         if entry.isdigit():
             folder = Path("/proc", entry)
+            if _parent_of(entry)[1] == "Z":
+                continue
             with contextlib.suppress(OSError):
                 if (folder / "comm").read_text().strip() == mark or variable in (
                     folder / "environ"

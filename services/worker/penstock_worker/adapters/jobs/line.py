@@ -50,10 +50,8 @@ class _Connection:
             yield self._socket
 
     def close(self) -> None:
-        """End it; whoever waits for an answer gets an error."""
+        """Close this process's descriptor of it; the next use makes another connection."""
         if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
             self._socket = None
 
@@ -106,12 +104,15 @@ class Line:
 
     def note(self, op: str, **fields: Any) -> None:
         """Tell the agent; what cannot be told is lost, as then the agent is gone, and soon this process."""
-        with contextlib.suppress(OSError), self._notes.use() as connection:
-            connection.settimeout(NOTE_SECONDS)
-            connection.sendall(wire.pack({"op": op, **fields}))
+        try:
+            with self._notes.use() as connection:
+                connection.settimeout(NOTE_SECONDS)
+                connection.sendall(wire.pack({"op": op, **fields}))
+        except OSError:
+            self._notes.close()
 
     def close(self) -> None:
-        """End both connections."""
+        """Close both connections, as far as this process has them."""
         self._calls.close()
         self._notes.close()
 

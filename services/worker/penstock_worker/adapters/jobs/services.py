@@ -28,6 +28,8 @@ from penstock_worker.usecases.ports import BundleStore
 
 SETTLE_SECONDS = 60.0
 """How long a group over several nodes waits for the upload of its last checkpoint before it goes on."""
+GENERATIONS = 1_000_000
+"""More than one launcher starts its ranks: generations of different launchers are told apart."""
 MAX_LINE_CHARACTERS = 4_000
 MAX_METRICS = 256
 MAX_RESULTS = 64
@@ -81,8 +83,14 @@ class TaskClerk:
         self._versions: dict[str, version_pb2.Version] = {}
         self._ends: dict[int, dict[int, End]] = defaultdict(dict)
         self._restored: dict[tuple[int, int], tuple[int, Path] | None] = {}
+        self._starts = 0
         self._held: set[int] = set()
         self._progress_from: tuple[float, int] | None = None
+
+    def begin(self) -> None:
+        """A launcher starts, perhaps after the end of one before."""
+        self.end, self.running, self.rendezvous = None, False, ""
+        self._starts += 1
 
     # What the processes say.
 
@@ -111,6 +119,7 @@ class TaskClerk:
 
     async def call(self, op: str, rank: int, generation: int, fields: Mapping[str, Any]) -> dict[str, Any]:
         """See `Clerk`."""
+        generation += self._starts * GENERATIONS
         match op:
             case "artifact":
                 return await self._artifact(str(fields["name"]))
@@ -135,7 +144,9 @@ class TaskClerk:
                 self._ends[generation][rank] = End.from_fields(fields["end"])
                 return {}
             case "ended":
-                self.end = self._judge(End.from_fields(fields["end"]), int(fields["generation"]))
+                self.end = self._judge(
+                    End.from_fields(fields["end"]), int(fields["generation"]) + self._starts * GENERATIONS
+                )
                 self._changed()
                 return {}
         raise InvalidArgument(f"There is no call {op!r}.")
@@ -253,7 +264,7 @@ class TaskClerk:
             # Other nodes do not have it, or this one does not have all of it.
             await room.settle(SETTLE_SECONDS)
             local = None
-        if local is not None and generation > 0:
+        if local is not None and generation > GENERATIONS:
             return local
         try:
             stored = await room.stored()
