@@ -1,4 +1,4 @@
-"""A cluster in which jobs live, as the planner sees it: no database, no clock, agents as a test wants them."""
+"""A cluster in which jobs live, as the planner sees it: no database, no clock, agents as a test has them."""
 
 from __future__ import annotations
 

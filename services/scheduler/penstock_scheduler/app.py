@@ -121,7 +121,7 @@ class Scheduler:
             ),
             scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
         )
-        jobs = Jobs(works, registry, self._wake, self._reconciler.jobs)
+        jobs = Jobs(works, registry, registry, self._wake, self._reconciler.jobs)
         self._server.add(
             job_service_pb2_grpc.add_JobServiceServicer_to_server,
             JobServicer(jobs, JobEvents(works, jobs)),

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from penstock.scheduler.v1 import job_pb2
+from penstock.scheduler.v1 import job_pb2, job_service_pb2, job_work_pb2, scheduler_service_pb2
+from penstock_kit.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Reason,
+    Unavailable,
+)
 
 RESULT = "models/digits/versions/2"
 
@@ -20,6 +28,9 @@ async def test_a_job_is_placed_runs_and_succeeds_with_its_result(bench: Any, cli
     (task,) = running.tasks
     assert (task.name, task.node, task.attempt) == ("jobs/fit/tasks/0", "nodes/n1", 1)
     assert (await client.node()).cpu_millis_allocated == 500
+    listed = await client.stub.ListAllocations(scheduler_service_pb2.ListAllocationsRequest(page_size=1))
+    assert [(held.holder, held.name) for held in listed.allocations] == [("jobs/fit", "allocations/fit.0")]
+    assert not listed.next_page_token
     agent.say_task("jobs/fit/tasks/0", "SUCCEEDED", results=[RESULT])
     done = await client.until_job("SUCCEEDED")
     assert list(done.results) == [RESULT]
@@ -51,3 +62,146 @@ async def test_a_gang_starts_whole_or_not_at_all(bench: Any, client: Any, nodes:
     await client.create_job(nodes=nodes, resources=resources)
     running = await client.until_job("RUNNING")
     assert {task.node for task in running.tasks} == {"nodes/n1", "nodes/n2"}
+
+
+async def test_a_repeated_request_is_the_same_job(bench: Any, client: Any) -> None:
+    first = await client.create_job(request_id="r1")
+    again = await client.create_job(request_id="r1")
+    assert again.create_time == first.create_time
+    with pytest.raises(FailedPrecondition) as caught:
+        await client.create_job("other", request_id="r1")
+    assert caught.value.reason is Reason.REQUEST_ID_REUSED
+    with pytest.raises(AlreadyExists):
+        await client.create_job(request_id="r2")
+
+
+async def test_names_get_their_numbers_and_unknown_ones_are_refused_at_once(client: Any) -> None:
+    work = job_work_pb2.EvaluateWork(version="digits", dataset="rows", metrics=["accuracy"])
+    made = await client.create_job(evaluate=work)
+    assert made.evaluate.version == "models/digits/versions/1"
+    assert made.evaluate.dataset == "artifacts/rows/versions/3"
+    with pytest.raises(NotFound):
+        await client.create_job(
+            "other", evaluate=job_work_pb2.EvaluateWork(version="digits", dataset="missing")
+        )
+    with pytest.raises(InvalidArgument):
+        await client.create_job("other", evaluate=job_work_pb2.EvaluateWork(dataset="rows"))
+    with pytest.raises(NotFound):
+        await client.job("other")
+
+
+async def test_more_ranks_than_the_cluster_has_are_refused_with_what_lacks(bench: Any, client: Any) -> None:
+    await bench.agent("n1", cpu_millis=2000)
+    await bench.agent("n2", cpu_millis=1000)
+    with pytest.raises(FailedPrecondition) as caught:
+        await client.create_job(ranks_per_node=5)
+    assert caught.value.reason is Reason.UNPLACEABLE
+    assert caught.value.metadata["node"] == "n1"
+    assert "0.5 cores" in caught.value.metadata["lacks"]
+    with pytest.raises(FailedPrecondition, match="room for 3 of them") as caught:
+        await client.create_job(nodes=4, ranks_per_node=2)
+    assert caught.value.reason is Reason.UNPLACEABLE
+
+
+async def test_a_job_that_waits_says_why(bench: Any, client: Any) -> None:
+    await client.create_job()
+    waiting = await client.until_job(lambda job: "No node is attached" in job.message)
+    assert waiting.state == job_pb2.JOB_STATE_QUEUED
+    await bench.agent("n1", cpu_millis=1000)
+    await client.until_job("RUNNING")
+    await client.create_job("second", ranks_per_node=2)
+    waiting = await client.until_job(lambda job: "closest" in job.message, "second")
+    assert "lacks" in waiting.message
+
+
+async def test_an_ended_job_is_deleted_with_its_name_free_and_its_tasks_counted_on(
+    bench: Any, client: Any
+) -> None:
+    agent = await bench.agent()
+    await client.create_job()
+    await client.until_job("RUNNING")
+    delete = job_service_pb2.DeleteJobRequest(name="jobs/fit")
+    with pytest.raises(FailedPrecondition, match="cancel it first"):
+        await client.jobs.DeleteJob(delete)
+    agent.say_task("jobs/fit/tasks/0", "SUCCEEDED")
+    await client.until_job("SUCCEEDED")
+    with pytest.raises(FailedPrecondition) as caught:
+        await client.cancel_job()
+    assert caught.value.reason is Reason.WRONG_STATE
+    await client.jobs.DeleteJob(delete)
+    with pytest.raises(NotFound):
+        await client.job()
+    await client.create_job()
+    running = await client.until_job("RUNNING")
+    # Were it 0 again, an agent that still knows the earlier one could take them for each other.
+    assert running.tasks[0].name == "jobs/fit/tasks/1"
+
+
+async def test_jobs_are_listed_newest_first_in_pages(client: Any) -> None:
+    for number in range(5):
+        await client.create_job(f"job-{number}")
+    names: list[str] = []
+    token = ""
+    while True:
+        request = job_service_pb2.ListJobsRequest(page_size=2, page_token=token)
+        page = await client.jobs.ListJobs(request)
+        names += [job.name for job in page.jobs]
+        token = page.next_page_token
+        if not token:
+            break
+    assert names == [f"jobs/job-{number}" for number in (4, 3, 2, 1, 0)]
+    await client.cancel_job("job-3")
+    request = job_service_pb2.ListJobsRequest(
+        states=[job_pb2.JOB_STATE_CANCELLED], project="projects/default"
+    )
+    assert [job.name for job in (await client.jobs.ListJobs(request)).jobs] == ["jobs/job-3"]
+
+
+async def test_results_wait_for_the_registry_and_are_made_final_once(bench: Any, client: Any) -> None:
+    agent = await bench.agent()
+    await client.create_job()
+    await client.until_job("RUNNING")
+    bench.registry.refusal = Unavailable("The disk is full.", reason=Reason.DEPENDENCY_UNAVAILABLE)
+    agent.say_task("jobs/fit/tasks/0", "SUCCEEDED", results=[RESULT])
+    await client.until_job("FINALIZING")
+    with pytest.raises(FailedPrecondition, match="being made final"):
+        await client.cancel_job()
+    # The scheduler is killed meanwhile, and its agent with it: what is known is in the database.
+    await bench.stop()
+    await agent.vanish()
+    bench.registry.refusal = None
+    await bench.start()
+    await client.until_job("SUCCEEDED")
+    assert set(bench.registry.finalized) == {RESULT}
+
+
+async def test_what_a_cancelled_job_made_is_deleted_even_after_a_restart(bench: Any, client: Any) -> None:
+    agent = await bench.agent()
+    await client.create_job()
+    await client.until_job("RUNNING")
+    await bench.stop_registry()
+    agent.works = lambda spec: None
+    agent.say_task("jobs/fit/tasks/0", "RUNNING", results=[RESULT])
+    await client.cancel_job()
+    ended = await client.until_job("CANCELLED")
+    assert not ended.results
+    await bench.stop()
+    await bench.start_registry()
+    await bench.start()
+    await bench.eventually(lambda: RESULT in bench.registry.deleted, "it is deleted")
+
+
+async def test_a_task_gets_to_know_where_the_leading_one_is(bench: Any, client: Any) -> None:
+    agent = await bench.agent(cpu_millis=8000)
+    agent.works = lambda spec: None
+    await client.create_job(nodes=2)
+    await bench.eventually(lambda: len(agent.tasks) == 2, "both are to run")
+    agent.say_task("jobs/fit/tasks/1", "STARTING")
+    agent.say_task("jobs/fit/tasks/0", "STARTING", rendezvous="127.0.0.1:29500")
+    await bench.eventually(
+        lambda: agent.tasks["jobs/fit/tasks/1"].rendezvous == "127.0.0.1:29500", "the other one is told"
+    )
+    first = agent.tasks["jobs/fit/tasks/0"]
+    assert (first.rendezvous, first.tasks, first.attempt, first.index) == ("", 2, 1, 0)
+    assert first.job.profile.version == "models/digits/versions/1"
+    assert first.resources.cpu_millis == 500

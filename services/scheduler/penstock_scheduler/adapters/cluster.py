@@ -229,6 +229,8 @@ class SqlCluster:
 
     async def allocations(self, after: str, limit: int, *, node: str) -> Sequence[AllocationView]:
         """See `ClusterStore.allocations`."""
+        if "/" in after:  # no replica has one in its id
+            return await self._jobs.allocations(after, limit, node=node)
         query = (
             select(ReplicaRow, DeploymentRow.name, AllocationRow.create_time)
             .join(DeploymentRow, DeploymentRow.uid == ReplicaRow.deployment_uid)
@@ -239,8 +241,13 @@ class SqlCluster:
         )
         if node:
             query = query.where(AllocationRow.node == node)
-        found = await self._session.execute(query)
-        return [AllocationView(replica_from_row(row, name), time) for row, name, time in found]
+        found = [
+            AllocationView(row.id, replica_from_row(row, name), time)
+            for row, name, time in await self._session.execute(query)
+        ]
+        if len(found) < limit:
+            found += await self._jobs.allocations("", limit - len(found), node=node)
+        return found
 
     # -- parts ------------------------------------------------------------------------------------
 

@@ -59,7 +59,8 @@ class SqlJobEvents:
             return 0
         fresh.sort(key=lambda event: (event.time, event.task, event.number))
         kept = keep(fresh, row.log_lines)
-        sequence = row.last_event
+        # The update below changes the row that was read, too.
+        sequence = before = row.last_event
         values = []
         for event in kept.events:
             sequence += 1
@@ -84,7 +85,7 @@ class SqlJobEvents:
         if kept.artifacts:
             changes["checkpoints"] = list(dict.fromkeys((*row.checkpoints, *kept.artifacts)))
         await self._session.execute(update(JobRow).where(JobRow.id == job_id).values(changes))
-        if sequence // _LOOK_EVERY != row.last_event // _LOOK_EVERY:
+        if sequence // _LOOK_EVERY != before // _LOOK_EVERY:
             await self._thin_out(job_id)
         return len(fresh)
 

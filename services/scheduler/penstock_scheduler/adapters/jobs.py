@@ -32,7 +32,7 @@ from penstock_scheduler.adapters.rows import (
 )
 from penstock_scheduler.domain.job import Job, JobState, Task, TaskState
 from penstock_scheduler.domain.project import unknown_project
-from penstock_scheduler.usecases.ports import JobMark, JobRequest, JobView
+from penstock_scheduler.usecases.ports import AllocationView, JobMark, JobRequest, JobView
 
 _STOPPED = TaskState.STOPPED.name
 Sizes = Mapping[tuple[str, str], int]
@@ -134,6 +134,25 @@ class SqlJobs:
         if devices:
             await self._session.execute(insert(TaskAllocationDeviceRow), devices)
 
+    async def allocations(self, after: str, limit: int, *, node: str) -> Sequence[AllocationView]:
+        """A page of what tasks hold, after the key of one."""
+        job, _, number = after.partition("/")
+        key = tuple_(TaskAllocationRow.job, TaskAllocationRow.number)
+        same = and_(TaskRow.job == TaskAllocationRow.job, TaskRow.number == TaskAllocationRow.number)
+        query = (
+            select(TaskRow, TaskAllocationRow.create_time)
+            .join(TaskAllocationRow, same)
+            .where(key > (job, int(number or -1)))
+            .order_by(TaskAllocationRow.job, TaskAllocationRow.number)
+            .limit(limit)
+        )
+        if node:
+            query = query.where(TaskAllocationRow.node == node)
+        return [
+            AllocationView(f"{row.job}/{row.number}", task_from_row(row), time)
+            for row, time in await self._session.execute(query)
+        ]
+
     # -- callers ----------------------------------------------------------------------------------
 
     async def add(self, job: Job, kind: str, request: JobRequest) -> Job:
@@ -205,6 +224,11 @@ class SqlJobs:
             statement.on_conflict_do_update(index_elements=["id"], set_={"tasks_made": job.tasks_made})
         )
         await self._session.execute(delete(JobRow).where(JobRow.id == job.id))
+
+    async def checkpoints(self, job: Job) -> Sequence[str]:
+        """See `JobStore.checkpoints`."""
+        found = await self._session.scalar(select(JobRow.checkpoints).where(JobRow.id == job.id))
+        return list(found or ())
 
     async def view(self, job_id: str) -> JobView | None:
         """See `JobStore.view`."""

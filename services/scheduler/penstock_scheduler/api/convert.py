@@ -26,6 +26,7 @@ from penstock_scheduler.domain.deployment import (
     Revision,
     Target,
 )
+from penstock_scheduler.domain.job import Task
 from penstock_scheduler.domain.project import DEFAULT_PROJECT
 from penstock_scheduler.domain.replica import Replica, ReplicaState
 from penstock_scheduler.domain.resources import Batching, Resources
@@ -235,14 +236,14 @@ def replica_to_message(replica: Replica) -> replica_pb2.Replica:
 
 
 def allocation_to_message(view: AllocationView) -> node_pb2.Allocation:
-    """An allocation for callers; it has the id of its replica."""
-    replica = view.replica
+    """An allocation for callers; it has the id of its replica, or of its job and task."""
+    holder = view.holder
     return node_pb2.Allocation(
-        name=f"allocations/{replica.id}",
-        holder=names.replica_name(replica.id),
-        node=names.node_name(replica.node),
-        resources=resources_to_message(replica.resources),
-        devices=replica.devices,
+        name=f"allocations/{view.key.replace('/', '.')}",
+        holder=names.job_name(holder.job) if isinstance(holder, Task) else names.replica_name(holder.id),
+        node=names.node_name(holder.node),
+        resources=resources_to_message(holder.resources),
+        devices=holder.devices,
         create_time=time_to_message(view.create_time),
     )
 

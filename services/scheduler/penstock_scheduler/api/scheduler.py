@@ -208,7 +208,7 @@ class SchedulerServicer(RolloutServicer):
         page = found[:size]
         return pb.ListAllocationsResponse(
             allocations=[convert.allocation_to_message(view) for view in page],
-            next_page_token=encode_token(page[-1].replica.id) if len(found) > size else "",
+            next_page_token=encode_token(page[-1].key) if len(found) > size else "",
         )
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
 
 from penstock_kit.errors import FailedPrecondition, InvalidArgument, NotFound, PenstockError
 from penstock_scheduler.domain.job import Job, JobState, RegistryWord
-from penstock_scheduler.usecases.ports import Wakeup
+from penstock_scheduler.usecases.ports import ResultStore, Wakeup
 from penstock_scheduler.usecases.wake import Wake
 
 log = logging.getLogger(__name__)
@@ -17,26 +16,6 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 2.0
 TICK_SECONDS = 30.0
 AT_ONCE = 8
-
-
-class ResultStore(Protocol):
-    """The registry, as far as results of jobs go. All calls may be repeated."""
-
-    async def finalize(self, name: str) -> None:
-        """Makes a version or artifact READY; nothing if it is.
-
-        Raises:
-            NotFound, FailedPrecondition, InvalidArgument: it can never be.
-            Unavailable: the registry cannot be reached.
-        """
-
-    async def delete(self, name: str) -> None:
-        """Deletes a version or artifact; nothing if there is none.
-
-        Raises:
-            FailedPrecondition: somebody uses it.
-            Unavailable: the registry cannot be reached.
-        """
 
 
 class JobResults:

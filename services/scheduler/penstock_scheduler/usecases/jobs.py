@@ -15,7 +15,16 @@ from penstock_scheduler.domain.node import NodeState
 from penstock_scheduler.domain.planner.feasible import Rejection, Usage, check, closest
 from penstock_scheduler.domain.planner.gangs import need_of, room_for
 from penstock_scheduler.usecases.latest import Latest
-from penstock_scheduler.usecases.ports import JobMark, JobRequest, JobView, Registry, Wakeup, Work, Works
+from penstock_scheduler.usecases.ports import (
+    JobMark,
+    JobRequest,
+    JobView,
+    Registry,
+    ResultStore,
+    Wakeup,
+    Work,
+    Works,
+)
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +63,21 @@ class Jobs:
     Args:
         works: opens transactions.
         registry: asked what a job's datasets and versions mean.
+        results: deletes what a job left behind.
         wakeup: told of every change.
         marks: what the loop last saw of jobs that have not ended.
     """
 
-    def __init__(self, works: Works, registry: Registry, wakeup: Wakeup, marks: Latest[JobMarks]) -> None:
+    def __init__(
+        self,
+        works: Works,
+        registry: Registry,
+        results: ResultStore,
+        wakeup: Wakeup,
+        marks: Latest[JobMarks],
+    ) -> None:
         self._works = works
+        self._results = results
         self._registry = registry
         self._wakeup = wakeup
         self._marks = marks
@@ -146,20 +164,32 @@ class Jobs:
         Raises:
             NotFound: there is none of that name.
             FailedPrecondition: it has not ended.
+            Unavailable: the registry or the database cannot be reached; the job stays.
         """
         async with self._works() as work:
-            job = await work.jobs.get(job_id, lock=True)
-            if job is None:
-                raise unknown_job(job_id)
-            if not job.ended:
-                raise FailedPrecondition(
-                    f"Job {job_id} is {job.state.name}; cancel it first.",
-                    reason=Reason.WRONG_STATE,
-                    metadata={"job": job_id, "state": job.state.name},
-                )
-            await work.jobs.remove(job)
-            await work.commit()
+            job = await self._ended(work, job_id)
+            names = {*job.leftovers, *await work.jobs.checkpoints(job)} - set(job.results)
+        # First what only the job knows of, outside of transactions; a second try finds it gone.
+        for name in sorted(names):
+            await self._results.delete(name)
+        async with self._works() as work:
+            again = await self._ended(work, job_id)
+            if again.create_time == job.create_time:
+                await work.jobs.remove(again)
+                await work.commit()
         self._wakeup.wake()
+
+    async def _ended(self, work: Work, job_id: str) -> Job:
+        job = await work.jobs.get(job_id, lock=True)
+        if job is None:
+            raise unknown_job(job_id)
+        if not job.ended:
+            raise FailedPrecondition(
+                f"Job {job_id} is {job.state.name}; cancel it first.",
+                reason=Reason.WRONG_STATE,
+                metadata={"job": job_id, "state": job.state.name},
+            )
+        return job
 
     async def watch(self, job_id: str) -> AsyncIterator[JobView]:
         """Gives the job at once and after every change, until it has ended or is gone.

@@ -67,9 +67,14 @@ class OperatorSays:
 
 @dataclass(frozen=True, slots=True)
 class AllocationView:
-    """A part of a node, and the replica that holds it."""
+    """A part of a node, and the replica or task that holds it.
 
-    replica: Replica
+    Attributes:
+        key: where it stands among all: replicas by their ids, then tasks by job and number.
+    """
+
+    key: str
+    holder: Replica | Task
     create_time: datetime
 
 
@@ -230,7 +235,7 @@ class ClusterStore(Protocol):
         """A page by id; empty filters let everything through."""
 
     async def allocations(self, after: str, limit: int, *, node: str) -> Sequence[AllocationView]:
-        """A page by holder."""
+        """A page after a key: replicas, then tasks of jobs."""
 
 
 class RolloutStore(Protocol):
@@ -309,6 +314,9 @@ class JobStore(Protocol):
 
     async def remove(self, job: Job) -> None:
         """Forgets one that has ended, with its tasks and events."""
+
+    async def checkpoints(self, job: Job) -> Sequence[str]:
+        """Names of its checkpoints at the registry, as its events have them."""
 
     async def view(self, job_id: str) -> JobView | None:
         """One as callers see it."""
@@ -439,6 +447,26 @@ class Registry(Protocol):
         """
 
 
+class ResultStore(Protocol):
+    """The registry, as far as results of jobs go. All calls may be repeated."""
+
+    async def finalize(self, name: str) -> None:
+        """Makes a version or artifact READY; nothing if it is.
+
+        Raises:
+            NotFound, FailedPrecondition, InvalidArgument: it can never be.
+            Unavailable: the registry cannot be reached.
+        """
+
+    async def delete(self, name: str) -> None:
+        """Deletes a version or artifact; nothing if there is none.
+
+        Raises:
+            FailedPrecondition: somebody uses it.
+            Unavailable: the registry cannot be reached.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class AliasNow:
     """Where an alias points, and who moved it there."""
@@ -485,6 +513,7 @@ __all__ = [
     "ProjectStore",
     "ProjectView",
     "Registry",
+    "ResultStore",
     "RolloutStore",
     "Stored",
     "Uses",
