@@ -51,6 +51,28 @@ def alias_name(model: str, alias: str) -> str:
     return f"{resource('models', model)}/aliases/{check_id('alias', alias.removeprefix('@'))}"
 
 
+def artifact_name(text: str) -> str:
+    """Return the full name of what ``digits``, ``digits:3`` or a full name means among datasets and the like.
+
+    Raises:
+        InvalidArgument: It is none of these.
+    """
+    name = text.removeprefix("artifacts/").replace("/versions/", ":")
+    name, colon, number = name.partition(":")
+    parent = f"artifacts/{check_id('dataset', name)}"
+    if not colon:
+        return parent
+    number = number.removeprefix("v")
+    if not number.isascii() or not number.isdigit() or int(number) < 1:
+        raise InvalidArgument(f"{text!r}: write it as NAME:NUMBER, such as {name}:3.")
+    return f"{parent}/versions/{int(number)}"
+
+
+def short_artifact(name: str) -> str:
+    """Return a name as people write it: "artifacts/digits/versions/3" → "digits:3"."""
+    return name.removeprefix("artifacts/").replace("/versions/", ":")
+
+
 @dataclass(frozen=True, slots=True)
 class VersionRef:
     """A version as people point at it: by number, by alias, or (neither given) the newest READY one."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from penstock.errors import DataLoss, InvalidArgument
 from penstock.packaging.bundle import LocalFile
+from penstock.registry.v1 import artifact_service_pb2 as artifacts
 from penstock.registry.v1 import registry_service_pb2 as registry
 from penstock.registry.v1 import version_pb2
 
@@ -22,18 +23,21 @@ PARALLEL_FILES = 4
 MAX_FRUITLESS_ATTEMPTS = 5
 
 
+Phase = Literal["check", "hash", "upload", "download"]
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a push or download is.
 
     Attributes:
-        phase: hash (reading the files), upload or download.
+        phase: check (looking through a dataset), hash (reading the files), upload or download.
         done_bytes: Bytes done in this phase; what the server had already counts.
         total_bytes: Bytes in this phase.
         path: The file last worked on.
     """
 
-    phase: Literal["hash", "upload", "download"]
+    phase: Phase
     done_bytes: int
     total_bytes: int
     path: str = ""
@@ -45,20 +49,25 @@ ProgressCallback = Callable[[Progress], None]
 class Meter:
     """Counts the bytes of one phase, file by file and from any thread, and reports each step."""
 
-    def __init__(
-        self, phase: Literal["hash", "upload", "download"], total: int, callback: ProgressCallback | None
-    ) -> None:
-        self._phase: Literal["hash", "upload", "download"] = phase
+    def __init__(self, phase: Phase, total: int, callback: ProgressCallback | None) -> None:
+        self._phase: Phase = phase
         self._total = total
         self._callback = callback
         self._done: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._report("")
 
     def add(self, count: int, path: str = "") -> None:
         """Count bytes of a file."""
         with self._lock:
             self._done[path] = self._done.get(path, 0) + count
             self._report(path)
+
+    def finish(self) -> None:
+        """Count all that is left."""
+        with self._lock:
+            self._done = {"": self._total}
+            self._report("")
 
     def resume_at(self, offset: int, path: str) -> None:
         """Correct the count of a file of which only `offset` bytes arrived."""
@@ -81,6 +90,30 @@ def upload_messages(
     """
     header = registry.UploadArtifactRequest.Header(version=version, path=file.path, offset=offset)
     yield registry.UploadArtifactRequest(header=header)
+    for chunk in _chunks(file, offset, meter):
+        yield registry.UploadArtifactRequest(chunk=chunk)
+
+
+def file_messages(
+    artifact: str, file: LocalFile, offset: int, meter: Meter
+) -> Iterator[artifacts.UploadFileRequest]:
+    """Yield the messages that send a file of an artifact from `offset` on.
+
+    Raises:
+        InvalidArgument: The file became shorter since it was hashed.
+    """
+    header = artifacts.UploadFileRequest.Header(artifact=artifact, path=file.path, offset=offset)
+    yield artifacts.UploadFileRequest(header=header)
+    for chunk in _chunks(file, offset, meter):
+        yield artifacts.UploadFileRequest(chunk=chunk)
+
+
+def received(files: Iterable[version_pb2.BundleFile], path: str) -> int:
+    """Return how many bytes of a file the registry holds."""
+    return next((file.received_bytes for file in files if file.path == path), 0)
+
+
+def _chunks(file: LocalFile, offset: int, meter: Meter) -> Iterator[bytes]:
     left = file.size_bytes - offset
     with file.source.open("rb") as stream:
         stream.seek(offset)
@@ -91,13 +124,8 @@ def upload_messages(
                     f"{file.source} became shorter while it was being pushed; push it again."
                 )
             left -= len(chunk)
-            yield registry.UploadArtifactRequest(chunk=chunk)
+            yield chunk
             meter.add(len(chunk), file.path)
-
-
-def received(version: version_pb2.Version, path: str) -> int:
-    """Return how many bytes of a file the registry holds."""
-    return next((file.received_bytes for file in version.files if file.path == path), 0)
 
 
 class PartialFile:

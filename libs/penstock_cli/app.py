@@ -8,6 +8,7 @@ import typer
 
 import penstock
 from penstock_cli.commands import (
+    datasets,
     demo,
     deployments,
     jobs,
@@ -60,6 +61,7 @@ app.command(rich_help_panel=_SERVING)(predict.predict)
 app.command(rich_help_panel=_SERVING)(nodes.replicas)
 app.add_typer(nodes.nodes, name="nodes", rich_help_panel=_SERVING)
 
+app.add_typer(datasets.datasets, name="datasets", rich_help_panel=_JOBS)
 app.command(rich_help_panel=_JOBS)(work.train)
 app.command(rich_help_panel=_JOBS)(work.convert)
 app.command(rich_help_panel=_JOBS)(work.compress)

@@ -12,7 +12,7 @@ from rich.progress import Progress as Bars
 from penstock.transfer import Progress, ProgressCallback
 from penstock_cli.output import console
 
-_WORDS = {"hash": "Reading", "upload": "Uploading", "download": "Downloading"}
+_WORDS = {"check": "Looking through", "hash": "Reading", "upload": "Uploading", "download": "Downloading"}
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from penstock._async.datasets import AsyncDatasets
 from penstock._async.inference import AsyncInference
 from penstock._async.jobs import AsyncJobs
 
 
-class AsyncClient(AsyncInference, AsyncJobs):
+class AsyncClient(AsyncInference, AsyncDatasets, AsyncJobs):
     """Everything a mesh offers, over one gRPC channel to a gateway.
 
     ::

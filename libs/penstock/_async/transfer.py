@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-import grpc
-
 from penstock._async import io
 from penstock._async.ensembles import AsyncEnsembles
-from penstock.errors import DataLoss, PenstockError, Unavailable
+from penstock._async.streams import AsyncStreams
 from penstock.names import alias_name, resource
 from penstock.packaging import PackageOptions, open_bundle
 from penstock.packaging.bundle import Bundle, LocalFile
@@ -18,23 +16,19 @@ from penstock.packaging.manifest import to_yaml
 from penstock.registry.v1 import registry_service_pb2 as registry
 from penstock.registry.v1 import version_pb2
 from penstock.transfer import (
-    MAX_FRUITLESS_ATTEMPTS,
     PARALLEL_FILES,
     Meter,
     PartialFile,
     ProgressCallback,
-    received,
     upload_messages,
 )
-from penstock.transport import Attempts, new_request_id, translate
+from penstock.transport import new_request_id
 
-# Seconds for one file: a large file on a slow link; progress is kept when it runs out.
-_FILE_TIMEOUT_SECONDS = 3600.0
 # Seconds for the registry to check and digest a whole bundle.
 _FINALIZE_TIMEOUT_SECONDS = 600.0
 
 
-class AsyncTransfers(AsyncEnsembles):
+class AsyncTransfers(AsyncEnsembles, AsyncStreams):
     """Bundles on their way to and from the registry."""
 
     async def push(
@@ -118,34 +112,16 @@ class AsyncTransfers(AsyncEnsembles):
         return version
 
     async def _upload(self, version: version_pb2.Version, meter: Meter, file: LocalFile) -> None:
-        """Send what the registry lacks of one file; go on where it stopped when the way is cut."""
-        offset = received(version, file.path)
-        meter.resume_at(offset, file.path)
-        attempts = Attempts(_FILE_TIMEOUT_SECONDS, self._retry_seconds)
-        fruitless = 0
-        while offset < file.size_bytes:
-            try:
-                messages = upload_messages(version.name, file, offset, meter)
-                answer = await self._registry.UploadArtifact(messages, timeout=attempts.left())
-                offset = answer.file.received_bytes
-                if offset < file.size_bytes:
-                    raise DataLoss(f"The registry holds {offset} of {file.size_bytes} bytes of {file.path}.")
-                return
-            except grpc.RpcError as error:
-                failure: PenstockError = translate(error, self.endpoint)
-            before = offset
-            if not isinstance(failure, Unavailable) or fruitless >= MAX_FRUITLESS_ATTEMPTS:
-                raise failure
-            await io.sleep(attempts.pause_after(failure))
-            current = await self._unary(
-                self._registry.GetVersion, registry.GetVersionRequest(name=version.name)
-            )
-            offset = received(current, file.path)
-            meter.resume_at(offset, file.path)
-            if offset > before:
-                fruitless, attempts = 0, Attempts(_FILE_TIMEOUT_SECONDS, self._retry_seconds)
-            else:
-                fruitless += 1
+        """Send what the registry lacks of one file."""
+        await self._send_file(
+            file,
+            version,
+            meter,
+            call=self._registry.UploadArtifact,
+            messages=lambda offset: upload_messages(version.name, file, offset, meter),
+            look=self._registry.GetVersion,
+            request=registry.GetVersionRequest(name=version.name),
+        )
 
     async def download(
         self, version: str, directory: str | Path, *, progress: ProgressCallback | None = None
@@ -169,25 +145,11 @@ class AsyncTransfers(AsyncEnsembles):
         return found
 
     async def _download(self, version: str, folder: Path, meter: Meter, file: version_pb2.BundleFile) -> None:
-        partial_file = PartialFile(folder, file)
-        if await io.in_thread(partial_file.is_complete):
-            meter.add(file.size_bytes, file.path)
-            return
-        attempts = Attempts(_FILE_TIMEOUT_SECONDS, self._retry_seconds)
-        meter.resume_at(partial_file.offset(), file.path)
-        while (offset := partial_file.offset()) < file.size_bytes:
-            request = registry.DownloadArtifactRequest(version=version, path=file.path, offset=offset)
-            try:
-                async for message in self._registry.DownloadArtifact(request, timeout=attempts.left()):
-                    partial_file.append(message.chunk)
-                    meter.add(len(message.chunk), file.path)
-                if partial_file.offset() < file.size_bytes:
-                    raise DataLoss(
-                        f"{file.path} ended after {partial_file.offset()} of {file.size_bytes} bytes."
-                    )
-            except grpc.RpcError as error:
-                pause = attempts.pause_after(translate(error, self.endpoint))
-                if partial_file.offset() > offset:
-                    attempts = Attempts(_FILE_TIMEOUT_SECONDS, self._retry_seconds)
-                await io.sleep(pause)
-        await io.in_thread(partial_file.finish)
+        await self._fetch_file(
+            PartialFile(folder, file),
+            meter,
+            call=self._registry.DownloadArtifact,
+            request=lambda offset: registry.DownloadArtifactRequest(
+                version=version, path=file.path, offset=offset
+            ),
+        )

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from penstock._sync.datasets import Datasets
 from penstock._sync.inference import Inference
 from penstock._sync.jobs import Jobs
 
 
-class Client(Inference, Jobs):
+class Client(Inference, Datasets, Jobs):
     """Everything a mesh offers, over one gRPC channel to a gateway.
 
     ::

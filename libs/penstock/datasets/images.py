@@ -23,7 +23,6 @@ try:
 except ImportError:  # the client alone does without; `read_images` says what to install
     Image = None  # type: ignore[assignment]
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
 INPUT = "image"
 MAX_SIDE = 256
 # More would take minutes and gigabytes to decode, and is what a decompression bomb looks like.

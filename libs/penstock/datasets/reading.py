@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from penstock.datasets import images, texts
 from penstock.datasets.arrays import read_npz
 from penstock.datasets.contents import Contents, ReadOptions
-from penstock.datasets.tables import read_csv, read_parquet
+from penstock.datasets.texts import read_texts
 from penstock.errors import InvalidArgument, NotFound
 
 Reader = Callable[[Path, Sequence[Path], ReadOptions], Contents]
@@ -24,8 +23,8 @@ _SUFFIXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "npz": (".npz",),
         "csv": (".csv", ".tsv"),
         "parquet": (".parquet", ".pq"),
-        "images": images.SUFFIXES,
-        "text": texts.SUFFIXES,
+        "images": (".png", ".jpg", ".jpeg"),
+        "text": (".jsonl", ".ndjson", ".txt", ".text", ".md", ".rst"),
     }
 )
 FORMATS = tuple(_SUFFIXES)
@@ -37,13 +36,32 @@ def _read_one_npz(root: Path, files: Sequence[Path], options: ReadOptions) -> Co
     return read_npz(files[0], options)
 
 
+# pyarrow and Pillow take a while to import: only once a file needs them.
+def _read_csv(_root: Path, files: Sequence[Path], options: ReadOptions) -> Contents:
+    from penstock.datasets.tables import read_csv
+
+    return read_csv(files, options)
+
+
+def _read_parquet(_root: Path, files: Sequence[Path], options: ReadOptions) -> Contents:
+    from penstock.datasets.tables import read_parquet
+
+    return read_parquet(files, options)
+
+
+def _read_images(root: Path, files: Sequence[Path], options: ReadOptions) -> Contents:
+    from penstock.datasets.images import read_images
+
+    return read_images(root, files, options)
+
+
 _READERS: Mapping[str, Reader] = MappingProxyType(
     {
         "npz": _read_one_npz,
-        "csv": lambda _root, files, options: read_csv(files, options),
-        "parquet": lambda _root, files, options: read_parquet(files, options),
-        "images": images.read_images,
-        "text": texts.read_texts,
+        "csv": _read_csv,
+        "parquet": _read_parquet,
+        "images": _read_images,
+        "text": read_texts,
     }
 )
 

@@ -26,7 +26,6 @@ from penstock.datasets.contents import (
 from penstock.datasets.labels import encode
 from penstock.errors import InvalidArgument
 
-SUFFIXES = (".jsonl", ".ndjson", ".txt", ".text", ".md", ".rst")
 TEXT_NAMES = ("text", "content", "sentence", "document")
 PIECE_BYTES = 2048
 MAX_LINE_BYTES = 8 << 20

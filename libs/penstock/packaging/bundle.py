@@ -64,7 +64,7 @@ class Bundle:
         Raises:
             InvalidArgument: A file vanished or changed its size since the bundle was made.
         """
-        return replace(self, files=tuple(_hashed(file, progress) for file in self.files))
+        return replace(self, files=tuple(hashed_files(self.files, progress)))
 
 
 def local_files(root: Path, sources: Iterable[Path]) -> tuple[LocalFile, ...]:
@@ -89,6 +89,13 @@ def local_files(root: Path, sources: Iterable[Path]) -> tuple[LocalFile, ...]:
             raise InvalidArgument(f"{path!r} cannot be a path in a bundle; rename the file.")
         files.append(LocalFile(path, source, resolved.stat().st_size))
     return tuple(sorted(files, key=lambda file: file.path))
+
+
+def hashed_files(
+    files: Iterable[LocalFile], progress: Callable[[int], None] | None = None
+) -> list[LocalFile]:
+    """Return files with their SHA-256; else as `Bundle.hashed`."""
+    return [_hashed(file, progress) for file in files]
 
 
 def _hashed(file: LocalFile, progress: Callable[[int], None] | None) -> LocalFile:

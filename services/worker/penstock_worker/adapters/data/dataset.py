@@ -150,7 +150,7 @@ def open_dataset(
         fetched: What the job's context fetched.
         task: tabular, image, text or language_model; empty means what the data are.
         label: Name of the label's column; empty means what the dataset says of itself.
-        features: Names of the columns to learn from; empty means all others.
+        features: Names of the columns to learn from; empty means those named at the push, else all others.
         held_out: Part of the rows held out, 0 ≤ held_out < 1.
         seed: Of the split.
         require_label: Refuse data without a label, unless they are for a language model.
@@ -170,7 +170,7 @@ def open_dataset(
     options = ReadOptions(
         task=task,
         label=label or own_label,
-        features=tuple(features),
+        features=tuple(features) or tuple(str(name) for name in described.get("learn_from", ()) if same),
         target=str(described.get("target", "")) if same else "",
         classes=tuple(str(name) for name in described.get("classes", ())) if same else (),
         scratch=scratch,
