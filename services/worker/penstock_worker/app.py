@@ -273,6 +273,8 @@ def _host_policy(settings: WorkerSettings, capacity: Capacity) -> HostPolicy:
         max_regroups=settings.worker_job_regroups,
         log_bytes=settings.worker_log_bytes,
         allow_user_code=settings.allow_user_code or settings.allow_python_runtime,
+        allow_python_runtime=settings.allow_python_runtime,
+        allow_compiled_models=settings.allow_compiled_models,
         processor=processor,
         nice=settings.worker_job_nice,
     )

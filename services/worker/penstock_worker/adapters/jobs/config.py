@@ -49,6 +49,8 @@ class LauncherConfig:
     user_code: bool = False
     max_output_bytes: int = 0
     max_processes: int = 0
+    allow_python_runtime: bool = False
+    allow_compiled_models: bool = False
     nice: int = 10
 
     @property

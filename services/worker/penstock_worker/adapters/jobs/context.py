@@ -88,6 +88,16 @@ class RankContext:
         return self.config.threads
 
     @property
+    def allow_python_runtime(self) -> bool:
+        """See `JobContext`."""
+        return self.config.allow_python_runtime
+
+    @property
+    def allow_compiled_models(self) -> bool:
+        """See `JobContext`."""
+        return self.config.allow_compiled_models
+
+    @property
     def scratch(self) -> Path:
         """See `JobContext`."""
         self._scratch.mkdir(parents=True, exist_ok=True)

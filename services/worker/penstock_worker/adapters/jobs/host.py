@@ -41,6 +41,8 @@ class HostPolicy:
         max_regroups: Times that ranks start again in place after one was killed.
         log_bytes: The log of a task is rotated at this size.
         allow_user_code: Programs of users may run here.
+        allow_python_runtime: Versions with code of their own may be opened, to be measured, say.
+        allow_compiled_models: Versions with compiled code may be opened likewise.
         processor: The maker's name of the processor.
         nice: How much the processes of jobs step back behind replicas.
     """
@@ -50,6 +52,8 @@ class HostPolicy:
     max_regroups: int = 5
     log_bytes: int = 8 * 1024**2
     allow_user_code: bool = False
+    allow_python_runtime: bool = False
+    allow_compiled_models: bool = False
     processor: str = ""
     nice: int = 10
 
@@ -284,6 +288,8 @@ class TaskHost:
             user_code=desired.user_code,
             max_output_bytes=desired.max_output_bytes,
             max_processes=desired.max_processes,
+            allow_python_runtime=self._policy.allow_python_runtime,
+            allow_compiled_models=self._policy.allow_compiled_models,
             nice=self._policy.nice,
         )
         return await self._forks.start_program(

@@ -20,7 +20,7 @@ from penstock_worker.adapters.jobs import limits
 from penstock_worker.adapters.jobs.config import LauncherConfig
 from penstock_worker.adapters.jobs.line import Line
 from penstock_worker.domain.task import End, EndKind, megabytes
-from penstock_worker.usecases.job_context import JobFailure, Stopped
+from penstock_worker.usecases.job_context import JobContext, JobFailure, Stopped
 
 # Exit statuses, from sysexits.h: EX_SOFTWARE, EX_UNAVAILABLE, EX_TEMPFAIL.
 EXIT_FAILED = 70
@@ -118,7 +118,7 @@ def run_rank(config: LauncherConfig, *, local: int, generation: int) -> int:
     }[end.kind]
 
 
-def work(config: LauncherConfig, context: object) -> End:
+def work(config: LauncherConfig, context: JobContext) -> End:
     """Call the entry point; whatever it raises becomes an end with words for people."""
     module, _, function = config.entry.partition(":")
     try:
