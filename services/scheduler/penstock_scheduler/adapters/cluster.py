@@ -128,8 +128,10 @@ class SqlCluster:
         # A share lock: whoever takes the lead over waits for this transaction, or this one sees it.
         if await session.scalar(select(LeaderRow.epoch).with_for_update(read=True)) != epoch:
             raise Aborted("Another scheduler leads now.", reason=Reason.CONFLICT)
+        uids = await self._lock_deployments(
+            {r.deployment for r in plan.replicas}, {d.name for d in plan.deployments}
+        )
         await self._lock_projects(plan)
-        uids = await self._uids(r.deployment for r in plan.replicas)
         stopped = [r.id for r in plan.replicas if r.state is ReplicaState.STOPPED]
         try:
             if stopped:
@@ -267,11 +269,22 @@ class SqlCluster:
             if present.get(name) != before.projects.get(name):
                 raise Aborted(f"Project {name} changed meanwhile.", reason=Reason.CONFLICT)
 
-    async def _uids(self, names: Iterable[str]) -> Mapping[str, int]:
-        query = select(DeploymentRow.name, DeploymentRow.uid, DeploymentRow.project).where(
-            DeploymentRow.name.in_(set(names)), DeploymentRow.delete_time.is_(None)
+    async def _lock_deployments(self, placed: Collection[str], judged: Collection[str]) -> Mapping[str, int]:
+        """Makes sure that deployments stay in their projects until the transaction ends; their uids by name.
+
+        Args:
+            placed: those of whose replicas something changes.
+            judged: those that change themselves.
+
+        Raises:
+            Aborted: one has moved since the plan was made.
+        """
+        query = (
+            select(DeploymentRow.name, DeploymentRow.uid, DeploymentRow.project)
+            .where(DeploymentRow.name.in_({*placed, *judged}), DeploymentRow.delete_time.is_(None))
+            .order_by(DeploymentRow.uid)
         )
-        rows = list(await self._session.execute(query))
+        rows = list(await self._session.execute(query.with_for_update(key_share=True)))
         known = self._loaded.deployments if self._loaded else {}
         for row in rows:
             if row.name in known and row.project != known[row.name].project:

@@ -354,24 +354,13 @@ class Deployments:
         return deployment
 
     async def _lock_and_move(self, work: Work, name: str, changes: Changes) -> Deployment:
-        """Locks a deployment; if it is to move to another project, both projects before it."""
-        if "project" not in changes.fields:
-            return await self._lock(work, name, changes.etag)
-        seen = await work.deployments.get(name)
-        if seen is None:
-            raise _unknown(name)
-        to = changes.asked.project
-        projects = await work.projects.lock({seen.project, to})
-        if to not in projects:
-            raise unknown_project(to)
+        """Locks a deployment; if it is to move to another project, both projects too."""
         old = await self._lock(work, name, changes.etag)
-        if old.project not in projects:
-            raise Aborted(
-                f"Deployment {name} moved to another project meanwhile; retry.",
-                reason=Reason.CONFLICT,
-                metadata={"deployment": name},
-            )
-        if old.project != to:
+        to = changes.asked.project
+        if "project" in changes.fields and old.project != to:
+            projects = await work.projects.lock({old.project, to})
+            if to not in projects:
+                raise unknown_project(to)
             moves = await work.projects.held_by(old.uid)
             check_move(name, projects[to], await work.projects.held(to), moves)
         return old

@@ -328,7 +328,7 @@ class JobStore(Protocol):
 
 
 class ProjectStore(Protocol):
-    """Projects in the open transaction. Who locks deployments too locks projects first."""
+    """Projects in the open transaction. Who locks deployments too locks them first."""
 
     async def lock(self, names: Collection[str], *, alone: bool = False) -> Mapping[str, Project]:
         """Those of these names that there are; nobody else changes them until the transaction ends.

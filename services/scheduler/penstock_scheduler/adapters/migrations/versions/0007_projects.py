@@ -100,7 +100,7 @@ def downgrade() -> None:
 
 
 # Sums are kept by triggers, in the transaction of the allocation itself, once a statement; the CHECKs above
-# bound them. Whoever locks projects and deployments locks projects first.
+# bound them. Whoever locks deployments and projects locks deployments first.
 _RULES = (
     # A quota that an operator took below what is held bounds that, then less as it ends, never more again.
     """
@@ -124,11 +124,17 @@ _RULES = (
       IF cpu < 0 OR memory < 0 OR gpu < 0 THEN
         UPDATE scheduler.projects
            SET cpu_millis_bound = CASE WHEN cpu_millis_bound > cpu_millis_quota
-                 THEN greatest(cpu_millis_quota, cpu_millis_surge, least(cpu_millis_bound, cpu_millis_allocated)) ELSE cpu_millis_bound END,
+                 THEN greatest(cpu_millis_quota, cpu_millis_surge,
+                               least(cpu_millis_bound, cpu_millis_allocated))
+                 ELSE cpu_millis_bound END,
                memory_bytes_bound = CASE WHEN memory_bytes_bound > memory_bytes_quota
-                 THEN greatest(memory_bytes_quota, memory_bytes_surge, least(memory_bytes_bound, memory_bytes_allocated)) ELSE memory_bytes_bound END,
+                 THEN greatest(memory_bytes_quota, memory_bytes_surge,
+                               least(memory_bytes_bound, memory_bytes_allocated))
+                 ELSE memory_bytes_bound END,
                gpu_millis_bound = CASE WHEN gpu_millis_bound > gpu_millis_quota
-                 THEN greatest(gpu_millis_quota, gpu_millis_surge, least(gpu_millis_bound, gpu_millis_allocated)) ELSE gpu_millis_bound END
+                 THEN greatest(gpu_millis_quota, gpu_millis_surge,
+                               least(gpu_millis_bound, gpu_millis_allocated))
+                 ELSE gpu_millis_bound END
          WHERE name = which AND (cpu_millis_bound > cpu_millis_quota
                                  OR memory_bytes_bound > memory_bytes_quota
                                  OR gpu_millis_bound > gpu_millis_quota);
