@@ -214,6 +214,17 @@ class RankContext:
         )
         return str(found["name"])
 
+    def record_profile(self, version: str, profile: version_pb2.DeviceProfile) -> None:
+        """See `JobContext`."""
+        self._only_rank_0("record_profile")
+        packed = base64.b64encode(profile.SerializeToString()).decode()
+        self.line.call("record_profile", version=version, profile=packed)
+
+    def record_metrics(self, version: str, metrics: Mapping[str, float]) -> None:
+        """See `JobContext`."""
+        self._only_rank_0("record_metrics")
+        self.line.call("record_metrics", version=version, metrics=dict(metrics))
+
     def report(self, found: Mapping[str, Any]) -> None:
         """See `JobContext`."""
         if self._rank:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import json
 import random
 import uuid
@@ -42,6 +43,8 @@ PATIENCE_SECONDS = 300.0
 FIRST_PAUSE_SECONDS = 0.2
 LAST_PAUSE_SECONDS = 5.0
 FILE_SECONDS = 3600.0
+CHANGE_TRIES = 5
+"""Of a change of a version that others change at the same time."""
 _NAMESPACE = uuid.UUID("a7b2b7c4-3f0e-5d0e-9d4c-1f6f2a4b9c11")
 
 T = TypeVar("T")
@@ -96,6 +99,43 @@ class JobRegistry:
         """
         request = registry_service_pb2.GetVersionRequest(name=name)
         return await self._patiently(lambda: self._models.GetVersion(request))
+
+    async def record_profile(self, name: str, profile: version_pb2.DeviceProfile) -> None:
+        """Put a profile on a version, in place of the one of the same device.
+
+        Raises:
+            PenstockError: As the registry says.
+        """
+
+        def change(version: version_pb2.Version) -> None:
+            others = [each for each in version.profiles if each.device != profile.device]
+            del version.profiles[:]
+            version.profiles.extend([*others, profile])
+
+        await self._change(name, change, "profiles")
+
+    async def record_metrics(self, name: str, metrics: Mapping[str, float]) -> None:
+        """Put metrics into a version's manifest, beside those of other names.
+
+        Raises:
+            PenstockError: As the registry says.
+        """
+        await self._change(name, lambda version: version.manifest.metrics.update(metrics), "manifest.metrics")
+
+    async def _change(self, name: str, change: Callable[[version_pb2.Version], None], field: str) -> None:
+        """Change one field of a version; begun anew if somebody else was quicker."""
+        for _ in range(CHANGE_TRIES):
+            version = await self.version(name)
+            change(version)
+            request = registry_service_pb2.UpdateVersionRequest(version=version)
+            request.update_mask.paths.append(field)
+            try:
+                await self._patiently(functools.partial(self._models.UpdateVersion, request))
+            except Aborted as error:
+                conflict = error
+            else:
+                return
+        raise conflict
 
     async def artifact(self, name: str) -> artifact_pb2.Artifact:
         """Return an artifact.

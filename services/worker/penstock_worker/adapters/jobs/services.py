@@ -137,6 +137,15 @@ class TaskClerk:
                 return await self._publish_version(fields)
             case "publish_artifact":
                 return await self._publish_artifact(fields)
+            case "record_profile":
+                profile = version_pb2.DeviceProfile.FromString(base64.b64decode(fields["profile"]))
+                profile.job = self._job.name
+                profile.time.GetCurrentTime()
+                await self._registry.record_profile(str(fields["version"]), profile)
+                return {}
+            case "record_metrics":
+                await self._registry.record_metrics(str(fields["version"]), fields["metrics"])
+                return {}
             case "report":
                 self.report = base64.b64decode(fields["report"])
                 return {}
