@@ -6,10 +6,11 @@ process does, for what the others are compared with.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from google.protobuf import json_format
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -270,11 +272,22 @@ def alone(case: Case, root: Path) -> Result:
 def together(root: Path, ranks: int, cases: Sequence[Case], timeout: float = 100) -> list[Result]:
     """Run cases in turn in one group of ranks; their exit codes must be 0."""
     with started(root, ranks, cases) as processes:
-        deadline = time.monotonic() + timeout
-        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+        codes = _exit_codes(processes, timeout)
     outputs = [(root / f"output.{rank}.txt").read_text() for rank in range(ranks)]
     assert codes == [0] * ranks, "\n".join(outputs)
     return [_read(root, number, ranks) for number in range(len(cases))]
+
+
+def _exit_codes(processes: Sequence[subprocess.Popen[bytes]], timeout: float) -> list[int | None]:
+    """Wait until all have ended, or one has failed."""
+    deadline = time.monotonic() + timeout
+    for process in itertools.cycle(processes):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.05)
+        codes = [one.poll() for one in processes]
+        if None not in codes or any(codes) or time.monotonic() > deadline:
+            return codes
+    return []
 
 
 @contextmanager
@@ -282,10 +295,8 @@ def started(root: Path, ranks: int, cases: Sequence[Case]) -> Iterator[list[subp
     """Start a group that takes these cases; what still runs at the end is killed."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in cases]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+    # Where they meet, case by case, as an elastic agent has it.
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in cases]
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(ranks):
@@ -295,7 +306,8 @@ def started(root: Path, ranks: int, cases: Sequence[Case]) -> Iterator[list[subp
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
-                "PORTS": json.dumps(ports),
+                "PORTS": json.dumps([store.port for store in stores]),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             }
@@ -333,6 +345,8 @@ def main() -> None:
     ports = json.loads(os.environ["PORTS"])
     for number, found in enumerate(json.loads((root / "cases.json").read_text())):
         os.environ["MASTER_PORT"] = str(ports[number])
+        # Each group puts another one before it, and with it the rank before each line.
+        sys.excepthook = sys.__excepthook__
         context = FileJobContext(
             root / "job", job_pb2.Job(name="jobs/together"), rank=rank, world_size=size, local_rank=rank
         )

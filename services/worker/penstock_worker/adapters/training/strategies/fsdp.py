@@ -10,6 +10,7 @@ It works on gloo as it is, the clipping of gradients included.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -27,6 +28,8 @@ class FsdpStrategy(DataParallel):
     replica: FSDPModule
 
     def _build(self) -> None:
+        # A warning of operations in place on what a block gives. Blocks of recipes have none.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self.module = self.parts.build_model().to(self.device).train()
         for block in self.module:
             if any(True for _ in block.parameters()):

@@ -12,7 +12,7 @@ is filled with rows that do not count.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,11 @@ class PipelineStrategy(Strategy):
         pieces = min(self.spec.microbatches or 2 * stages, self.parts.batch_size)
         self._rows = -(-self.parts.batch_size // pieces) * pieces
         self._first, self._last = rank == 0, rank == stages - 1
-        stage = PipelineStage(self.module, rank, stages, self.device)
+        stage = PipelineStage(_Contiguous(self.module), rank, stages, self.device)
         schedule = Schedule1F1B if pieces >= stages else ScheduleGPipe
         self._schedule = schedule(stage, pieces, loss_fn=self._piece_loss, scale_grads=False)
         # Without a loss it only goes forward.
-        forward = PipelineStage(self.module, rank, stages, self.device)
+        forward = PipelineStage(_Contiguous(self.module), rank, stages, self.device)
         self._forward = ScheduleGPipe(forward, pieces)
         # Of the batch at hand, in the last stage.
         self._targets = torch.empty(0)
@@ -108,6 +108,20 @@ class PipelineStrategy(Strategy):
 
     def _clip(self, most: float) -> None:
         self._clip_together(self.module.parameters(), most, self.group.control)
+
+
+class _Contiguous(nn.Module):
+    """Gives what a stage gives in one piece of memory, as it must be to be sent."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, *values: Tensor) -> Any:
+        found = self.stage(*values)
+        if isinstance(found, tuple):
+            return tuple(value.contiguous() for value in found)
+        return found.contiguous()
 
 
 def _stages_of(model: nn.Module, stages: int) -> list[int]:

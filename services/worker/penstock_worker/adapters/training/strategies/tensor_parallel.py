@@ -182,5 +182,6 @@ def _by_kind(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[n
 
 
 def _layers(names: list[str]) -> list[str]:
-    """Give the layers that have these parameters, each once."""
-    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    """Give the layers that have these parameters, and parameters of no layer, each once."""
+    found = [name.removesuffix(".weight").removesuffix(".bias") for name in names]
+    return list(dict.fromkeys(found))
