@@ -12,13 +12,16 @@ from penstock_kit.db import migrate
 from penstock_kit.queue.address import Address
 from penstock_kit.queue.connection import Connection
 from penstock_kit.queue.keys import JOB_EVENTS
+from penstock_kit.rpc import open_channel
 from penstock_worker import app
 from penstock_worker.settings import WorkerSettings
 from support.agent_world import World
+from support.artifact_caller import ArtifactCaller
 from support.registry_world import Registry, running_registry
 from support.task_events import Events
 
 TESTS = str(Path(__file__).parents[2])
+KIND = "support.job_kinds:run"
 LAUNCHER = "penstock_worker.adapters.jobs.launcher"
 
 RunAgent = Callable[..., AbstractAsyncContextManager[None]]
@@ -41,8 +44,15 @@ def registry_database(databases: Any) -> Iterator[str]:
 
 @pytest.fixture
 async def registry(registry_database: str, short_path: Path) -> AsyncIterator[Registry]:
-    async with running_registry(short_path, registry_database) as running:
+    async with running_registry(short_path, registry_database, allow_python_runtime=True) as running:
         yield running
+
+
+@pytest.fixture
+async def artifacts(registry: Registry) -> AsyncIterator[ArtifactCaller]:
+    channel = open_channel(registry.app.address)
+    yield ArtifactCaller(channel)
+    await channel.close()
 
 
 @pytest.fixture
@@ -64,7 +74,7 @@ def run_agent(settings: WorkerSettings) -> RunAgent:
     """Runs an agent for as long as a context lasts. Settings can be changed; `torch` has it preloaded."""
 
     @contextlib.asynccontextmanager
-    async def run(*, torch: bool = False, **changes: object) -> AsyncIterator[None]:
+    async def run(*, torch: bool = False, train: str = KIND, **changes: object) -> AsyncIterator[None]:
         changed = settings.model_copy(update=changes)
         preload = ["support.toy_replica", LAUNCHER, *(["torch.distributed"] if torch else [])]
         async with app.agent(
@@ -72,7 +82,7 @@ def run_agent(settings: WorkerSettings) -> RunAgent:
             entry="support.toy_replica:run_replica",
             preload=preload,
             search_path=[TESTS],
-            kinds={"train": "support.job_kinds:run", "evaluate": "support.job_kinds:run"},
+            kinds={"train": train, "evaluate": KIND},
         ):
             yield
 

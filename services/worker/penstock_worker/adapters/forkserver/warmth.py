@@ -16,7 +16,7 @@ def warm_up() -> None:
         return
     import torch.export
 
-    class Tiny(torch.nn.Module):  # type: ignore[misc]
+    class Tiny(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.convolution = torch.nn.Conv2d(1, 2, 3)

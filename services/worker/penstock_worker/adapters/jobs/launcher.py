@@ -76,6 +76,7 @@ class Launcher:
         self._terminated = False
         self._memory_bytes = 0
         self._memory_at = 0.0
+        self._looked_at = 0.0
         self._warned = False
         self._memory_kills = limits.killed_for_memory()
 
@@ -362,6 +363,9 @@ class Launcher:
                 "it goes on from its last checkpoint, if it has one.",
             )
             return
+        if now - self._looked_at < TICK_SECONDS:
+            return  # Whoever prints much wakes this process often, and looking around costs a millisecond.
+        self._looked_at = now
         below = frozenset({self._group_pid})
         if self._config.user_code and self._ranks:
             running = [pid for pid in limits.descendants(os.getpid()) if pid not in below]

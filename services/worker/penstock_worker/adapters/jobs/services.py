@@ -188,10 +188,16 @@ class TaskClerk:
     def _judge(self, end: End, generation: int) -> End:
         """Put what the ranks said to what the launcher saw: the words of a rank that failed say more."""
         if end.kind is EndKind.FAILED and not end.message:
-            said = worst(self._ends[generation].values())
-            if said is not None and said.kind is EndKind.FAILED:
-                return said
+            worst_said = worst(self._ends[generation].values())
+            if worst_said is not None and worst_said.kind is EndKind.FAILED:
+                return worst_said
             return End(EndKind.FAILED, "A rank ended without a word.", "ERROR")
+        said = self._ends[generation]
+        if end.kind is EndKind.SUCCEEDED and len(said) < self._desired.ranks:
+            # os._exit(0) in a program, say: nobody knows whether it has done its work.
+            words = "A rank ended with status 0 before its work was done, and without a model."
+            cause = "NO_MODEL" if self._desired.user_code else "ERROR"
+            return End(EndKind.FAILED, words, cause, permanent=self._desired.user_code)
         return end
 
     # Fetching.

@@ -1,0 +1,203 @@
+"""A program of a user's runs as a job, and does nobody harm when it is careless."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from penstock.registry.v1 import artifact_pb2
+from penstock.scheduler.v1 import job_pb2
+from support.agent_world import World, alive, until
+from support.artifact_caller import ArtifactCaller
+from support.job_specs import job
+from support.task_events import Events
+
+SCRIPT = "penstock_worker.adapters.jobs.script:run_script"
+MODEL = "penstock.training.save_files(path)"
+
+
+async def program(artifacts: ArtifactCaller, text: str, **parameters: object) -> job_pb2.Job:
+    """A job of a program, pushed as an artifact."""
+    code = await artifacts.push(
+        "code", {"train.py": textwrap.dedent(text).encode()}, kind=artifact_pb2.ARTIFACT_KIND_CODE, format=""
+    )
+    data = await artifacts.push("data", {"data.npz": b"rows"})
+    made = job("", script=True)
+    made.train.script.code = code.name
+    made.train.dataset = data.name
+    made.train.seed = 7
+    made.train.script.parameters.update(parameters)
+    return made
+
+
+async def test_a_program_gets_its_parameters_and_data_and_its_files_become_a_version(
+    world: World, run_agent, registry, artifacts: ArtifactCaller, events: Events, tmp_path: Path
+) -> None:
+    wanted = await program(
+        artifacts,
+        """
+        import os
+        from pathlib import Path
+        from penstock import training
+
+        assert training.parameters() == {"depth": 3, "rate": 0.5, "layers": [1, 2]}
+        assert (training.dataset().path / "data.npz").read_bytes() == b"rows"
+        assert (training.seed(), training.rank(), training.world_size()) == (7, 0, 1)
+        assert training.device() == "cpu"
+        assert not [name for name in os.environ if "SECRET" in name]
+        assert training.restore() is None
+        training.report(1, loss=0.25)
+        training.progress(1, 1)
+        Path("model").mkdir()
+        Path("model/model.py").write_text("MODEL = 1")
+        tensors = {"inputs": ["x:FP32:-1,4"], "outputs": ["y:FP32:-1,4"]}
+        print(training.save_files("model", metrics={"r2": 0.5}, **tensors))
+        """,
+        depth=3,
+        rate=0.5,
+        layers=[1, 2],
+    )
+    async with run_agent(train=SCRIPT, allow_user_code=True):
+        task = world.want_task(wanted)
+        seen = await world.task_state(task.name, "SUCCEEDED")
+        assert list(seen.results) == ["models/m/versions/1"]
+        version = await registry.caller.get("models/m/versions/1")
+        assert version.state == 1, "made final by the scheduler alone"
+        lineage = version.manifest.lineage
+        assert (lineage.job, lineage.operation, lineage.seed) == ("jobs/j", "train", 7)
+        assert list(lineage.datasets) == [wanted.train.dataset]
+        assert lineage.data_digest == (await artifacts.get(wanted.train.dataset)).digest
+        assert lineage.code_digest == (await artifacts.get(wanted.train.script.code)).digest
+        assert {"python", "torch", "penstock"} <= set(lineage.environment)
+        assert lineage.parameters["depth"] == "3"
+        assert version.manifest.metrics["r2"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "permanent", "words"),
+    [
+        ("pass", "NO_MODEL", True, "ended without a model"),
+        ("import sys; sys.exit(3)", "USER_CODE", False, "status 3"),
+        ("undefined_name", "USER_CODE", True, "train.py:2 in <module>: undefined_name"),
+        ("def f(:", "USER_CODE", True, "SyntaxError"),
+        (
+            "from penstock import training\ntraining.fail('The labels are wrong.')",
+            "USER_CODE",
+            True,
+            "labels",
+        ),
+        ("import os; os._exit(0)", "NO_MODEL", True, "without a model"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "KILLED", False, "SIGSEGV"),
+    ],
+)
+async def test_how_a_program_fails_is_told_so_that_its_author_can_mend_it(
+    world: World, run_agent, artifacts: ArtifactCaller, text: str, cause: str, permanent: bool, words: str
+) -> None:
+    wanted = await program(artifacts, f"\n{text}")
+    async with run_agent(train=SCRIPT, allow_user_code=True, worker_job_regroups=0):
+        seen = await world.task_state(world.want_task(wanted).name, "FAILED")
+        assert words in seen.message
+        assert (seen.failure_reason, seen.permanent) == (cause, permanent)
+
+
+async def test_what_a_program_prints_beyond_the_bounds_is_dropped_and_said(
+    world: World, run_agent, artifacts: ArtifactCaller, events: Events, tmp_path: Path
+) -> None:
+    wanted = await program(
+        artifacts,
+        """
+        import sys
+        line = "x" * 999 + "\\n"
+        for _ in range(300):
+            sys.stdout.write(line * 1000)
+        print("the end")
+        """,
+    )
+    wanted.train.script.max_output_bytes = 10_000_000
+    async with run_agent(train=SCRIPT, allow_user_code=True):
+        task = world.want_task(wanted)
+        seen = await world.task_state(task.name, "FAILED")
+        assert seen.failure_reason == "NO_MODEL"
+        await events.until(task.name, lambda found: len(found) == seen.last_event)
+        lines = await events.lines(task.name)
+        assert any("has printed 10 MB; what follows is dropped" in line for line in lines)
+        assert any("lines (" in line and "left out" in line for line in lines)
+        assert len(lines) < 1200
+    kept = sum(path.stat().st_size for path in (tmp_path / "data/jobs/j/logs").iterdir())
+    assert kept < 11_000_000
+
+
+async def test_what_a_program_has_started_is_gone_with_it_even_in_sessions_of_their_own(
+    world: World, run_agent, artifacts: ArtifactCaller, tmp_path: Path
+) -> None:
+    wanted = await program(
+        artifacts,
+        f"""
+        import os, subprocess, time
+        for _ in range(3):
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    subprocess.run(["sleep", "300"])
+                os._exit(0)
+        time.sleep(0.3)
+        pids = [p for p in os.listdir("/proc") if p.isdigit()]
+        sleeps = []
+        for p in pids:
+            try:
+                if open(f"/proc/{{p}}/comm").read() == "sleep\\n":
+                    if b"300" in open(f"/proc/{{p}}/cmdline", "rb").read():
+                        sleeps.append(p)
+            except OSError:
+                pass
+        open({str(tmp_path / "pids")!r}, "w").write(" ".join(sleeps) + "\\n")
+        time.sleep(300)
+        """,
+    )
+    async with run_agent(train=SCRIPT, allow_user_code=True, worker_job_grace_seconds=0.3):
+        task = world.want_task(wanted)
+        await until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().endswith("\n"))
+        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+        assert len(pids) == 3
+        assert all(alive(pid) for pid in pids)
+        world.change_task(task.name, stopping=True)
+        await world.task_state(task.name, "STOPPED")
+        assert not [pid for pid in pids if alive(pid)]
+
+
+async def test_a_program_that_starts_processes_without_end_is_ended(
+    world: World, run_agent, artifacts: ArtifactCaller
+) -> None:
+    wanted = await program(
+        artifacts,
+        """
+        import os, time
+        for _ in range(100):
+            if os.fork() == 0:
+                time.sleep(300)
+        time.sleep(300)
+        """,
+    )
+    wanted.train.script.max_processes = 40
+    async with run_agent(train=SCRIPT, allow_user_code=True):
+        seen = await world.task_state(world.want_task(wanted).name, "FAILED")
+        assert (seen.failure_reason, seen.permanent) == ("USER_CODE", True)
+        assert "40 are allowed" in seen.message
+
+
+async def test_a_program_over_its_memory_is_ended_with_the_numbers(
+    world: World, run_agent, artifacts: ArtifactCaller
+) -> None:
+    wanted = await program(
+        artifacts,
+        """
+        import time
+        held = bytearray(300_000_000)
+        held[:] = b"x" * len(held)
+        time.sleep(300)
+        """,
+    )
+    async with run_agent(train=SCRIPT, allow_user_code=True):
+        seen = await world.task_state(world.want_task(wanted, memory_bytes=200_000_000).name, "FAILED")
+        assert (seen.failure_reason, seen.permanent) == ("OUT_OF_MEMORY", True)
+        assert "was given 200 MB" in seen.message
