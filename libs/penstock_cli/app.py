@@ -15,7 +15,9 @@ from penstock_cli.commands import (
     mesh,
     models,
     nodes,
+    pipeline,
     predict,
+    projects,
     push,
     rollouts,
     show,
@@ -60,6 +62,7 @@ app.add_typer(rollouts.rollouts, name="rollout", rich_help_panel=_SERVING)
 app.command(rich_help_panel=_SERVING)(predict.predict)
 app.command(rich_help_panel=_SERVING)(nodes.replicas)
 app.add_typer(nodes.nodes, name="nodes", rich_help_panel=_SERVING)
+app.add_typer(projects.projects, name="projects", rich_help_panel=_SERVING)
 
 app.add_typer(datasets.datasets, name="datasets", rich_help_panel=_JOBS)
 app.command(rich_help_panel=_JOBS)(work.train)
@@ -68,6 +71,7 @@ app.command(rich_help_panel=_JOBS)(work.compress)
 app.command(rich_help_panel=_JOBS)(work.profile)
 app.command(rich_help_panel=_JOBS)(work.evaluate)
 app.command("batch-predict", rich_help_panel=_JOBS)(work.batch_predict)
+app.command(rich_help_panel=_JOBS)(pipeline.pipeline)
 app.add_typer(jobs.jobs, name="jobs", rich_help_panel=_JOBS)
 
 app.command()(show.show)

@@ -117,6 +117,7 @@ def show_deployment(deployment: deployment_pb2.Deployment, replicas: Sequence[re
             ("replicas", f"{deployment.ready_replicas} ready, {_wanted(deployment)} wanted per target"),
             ("autoscaling", describe_autoscaling(deployment.autoscaling)),
             ("equal requests", describe_cache(deployment.cache) if deployment.HasField("cache") else ""),
+            ("project", short(deployment.project) if short(deployment.project) != "default" else ""),
             ("labels", pairs(deployment.labels)),
             ("nodes with", pairs(deployment.node_selector)),
             (

@@ -5,9 +5,10 @@ from __future__ import annotations
 from penstock._async.datasets import AsyncDatasets
 from penstock._async.inference import AsyncInference
 from penstock._async.jobs import AsyncJobs
+from penstock._async.projects import AsyncProjects
 
 
-class AsyncClient(AsyncInference, AsyncDatasets, AsyncJobs):
+class AsyncClient(AsyncInference, AsyncDatasets, AsyncJobs, AsyncProjects):
     """Everything a mesh offers, over one gRPC channel to a gateway.
 
     ::

@@ -54,6 +54,7 @@ class AsyncDeployments(AsyncNodes):
         coalesce: bool | None = None,
         autoscaling: Mapping[str, float] | None = None,
         rollout_policy: deployment_pb2.RolloutPolicy | None = None,
+        project: str | None = None,
         request_id: str | None = None,
     ) -> deployment_pb2.Deployment:
         """Offer versions of a model under a name, or change what is offered there; return at once.
@@ -68,6 +69,7 @@ class AsyncDeployments(AsyncNodes):
             resources: What one replica needs, where the manifest's wish is not to be followed.
             batching: How requests are joined, where the manifest's wish is not to be followed.
             labels: Free key-value pairs.
+            project: Whose quota its replicas count against; another one replaces nothing.
             max_queue_depth: Unanswered requests at one gateway at most.
             node_selector: Labels that a node must have, with these values; {} lifts what was asked before.
             tolerations: Taints of nodes that its replicas bear, by key; any value of it where that is empty.
@@ -105,6 +107,7 @@ class AsyncDeployments(AsyncNodes):
             cache=_cache(cache, cache_ttl, cache_bytes, coalesce),
             rollout_policy=rollout_policy,
             autoscaling=_autoscaling(autoscaling),
+            project=resource("projects", project) if project else "",
         )
         given = {
             "targets": targets,
@@ -120,6 +123,7 @@ class AsyncDeployments(AsyncNodes):
             "cache.max_bytes": cache_bytes,
             "cache.coalesce": coalesce,
             "rollout_policy": rollout_policy,
+            "project": project,
             "autoscaling": autoscaling if autoscaling == {} else None,
             **{f"autoscaling.{part}": value for part, value in (autoscaling or {}).items()},
         }

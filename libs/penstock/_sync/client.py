@@ -6,9 +6,10 @@ from __future__ import annotations
 from penstock._sync.datasets import Datasets
 from penstock._sync.inference import Inference
 from penstock._sync.jobs import Jobs
+from penstock._sync.projects import Projects
 
 
-class Client(Inference, Datasets, Jobs):
+class Client(Inference, Datasets, Jobs, Projects):
     """Everything a mesh offers, over one gRPC channel to a gateway.
 
     ::

@@ -164,6 +164,9 @@ def deploy(
             help="A metric that must not get worse by more; -loss=0.1 if less is better.",
         ),
     ] = None,
+    project: Annotated[
+        str | None, typer.Option(help="Whose quota its replicas count against; another one replaces nothing.")
+    ] = None,
     wait: Wait = True,
     timeout: WaitSeconds = 120.0,
     endpoint: Endpoint = ENDPOINT,
@@ -218,6 +221,7 @@ def deploy(
             ),
             coalesce=coalesce,
             autoscaling=(scaling or None) if autoscaling else {},
+            project=project,
         )
         _follow(client, deployment, wait=wait, timeout=timeout, json=json)
 
