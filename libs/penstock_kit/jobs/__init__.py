@@ -14,6 +14,7 @@ from penstock_kit.errors import InvalidArgument
 from penstock_kit.jobs.compress import check as check_compress
 from penstock_kit.jobs.convert import check as check_convert
 from penstock_kit.jobs.measure import check_evaluate, check_profile
+from penstock_kit.jobs.ranks import check_ranks
 from penstock_kit.jobs.train import check as check_train
 
 _CHECKS: Mapping[str, Callable[[Any], None]] = {
@@ -29,7 +30,7 @@ def check(job: job_pb2.Job) -> None:
     """Refuse what no worker could do.
 
     Args:
-        job: As its maker wrote it; only `work` is looked at.
+        job: As its maker wrote it; only `work` is looked at, and for trainings the ranks and GPUs.
 
     Raises:
         InvalidArgument: There is no work in it, or a name, value or combination is wrong. The words name the
@@ -44,3 +45,5 @@ def check(job: job_pb2.Job) -> None:
         )
     if kind in _CHECKS:
         _CHECKS[kind](getattr(job, kind))
+    if kind == "train" and job.train.WhichOneof("way") == "recipe":
+        check_ranks(job)

@@ -40,6 +40,12 @@ def open_strategy(spec: job_work_pb2.Strategy, context: JobContext, parts: Parts
             f"The strategy {name} is for {kind.ranks} rank, and there are {context.world_size}. Take ddp.",
             "INVALID_RECIPE",
         )
+    if name in {"ddp", "fsdp"} and parts.batch_size < context.world_size:
+        raise JobFailure(
+            f"A batch of {parts.batch_size} rows cannot be cut into parts for {context.world_size} ranks. "
+            "Take a larger batch or fewer ranks.",
+            "INVALID_RECIPE",
+        )
     group = join(context)
     try:
         return kind(group, parts, spec)
