@@ -229,8 +229,8 @@ def compress(
         version=version,
         dataset=dataset,
         model=resource("models", model) if model else "",
-        steps=[_step(text) for text in step or ()],
-        gate=_gate(metric, max_loss, min_speed_up, max_size),
+        steps=[compression_step(text) for text in step or ()],
+        gate=compression_gate(metric, max_loss, min_speed_up, max_size),
         deployment=resource("deployments", deployment) if deployment else "",
         seed=seed,
     )
@@ -330,16 +330,17 @@ def batch_predict(
     submit(job, options)
 
 
-def _step(text: str) -> job_work_pb2.CompressionStep:
+def compression_step(text: str) -> job_work_pb2.CompressionStep:
     """Return the step that ``quantize:scheme=static_int8,rows=512`` means."""
     name, _, rest = text.partition(":")
     parts = [part for part in rest.split(",") if part]
     return job_work_pb2.CompressionStep(name=name, parameters=structured(f"--step {name}", parts))
 
 
-def _gate(
+def compression_gate(
     metric: str, max_loss: float | None, min_speed_up: float | None, max_size: float | None
 ) -> gate_pb2.Gate | None:
+    """Return the gate that the options mean; None if they say nothing."""
     if not metric and max_loss is None and min_speed_up is None and max_size is None:
         return None
     return gate_pb2.Gate(
