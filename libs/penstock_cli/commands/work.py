@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from penstock.errors import InvalidArgument
-from penstock.names import resource
-from penstock.registry.v1 import gate_pb2
+from penstock.errors import InvalidArgument, NotFound, Reason
+from penstock.names import check_id, resource
+from penstock.registry.v1 import artifact_pb2, gate_pb2
 from penstock.scheduler.v1 import job_work_pb2
 from penstock_cli.following import submit
 from penstock_cli.job_options import JobOptions, structured, with_job_options
 from penstock_cli.options import numbers, seconds
+from penstock_cli.session import connect
 
 Dataset = Annotated[
     str,
@@ -23,6 +24,7 @@ Version = Annotated[str, typer.Argument(metavar="MODEL[:NUMBER|@ALIAS]", help="T
 ToModel = Annotated[
     str, typer.Option("--model", help="Model that gets the new version; without it, the same model.")
 ]
+_NO_PROGRAM = frozenset({"__pycache__"})
 Seed = Annotated[int, typer.Option(help="Of random numbers and splits.")]
 
 
@@ -154,7 +156,8 @@ def train(
             raise InvalidArgument(
                 "A program says itself how it trains: give --script, or options of a recipe."
             )
-        raise InvalidArgument(f"{script}: pushing programs is not offered here yet.")
+        work.script.code = _push_program(options.endpoint, model, script)
+        work.script.parameters.CopyFrom(structured("--parameter", parameter))
     job.train.CopyFrom(work)
     submit(job, options)
 
@@ -328,6 +331,27 @@ def batch_predict(
         )
     )
     submit(job, options)
+
+
+def _push_program(endpoint: str, model: str, directory: Path) -> str:
+    """Push a directory with a program; return its name.
+
+    Raises:
+        NotFound: There is no such directory, or no train.py in it.
+    """
+    if not (directory / "train.py").is_file():
+        raise NotFound(f"There is no train.py in {directory}.", reason=Reason.RESOURCE_NOT_FOUND)
+    files = [
+        path
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+        and not any(part in _NO_PROGRAM or part[0] == "." for part in path.relative_to(directory).parts)
+    ]
+    with connect(endpoint) as client:
+        pushed = client.push_artifact(
+            f"{check_id('model', model)}-code", artifact_pb2.ARTIFACT_KIND_CODE, directory, files
+        )
+    return pushed.name
 
 
 def compression_step(text: str) -> job_work_pb2.CompressionStep:
