@@ -160,6 +160,7 @@ async def test_a_log_without_end_is_cut_off_and_says_so(
     assert "further ones are not kept" in events[3].log.text
 
 
+@pytest.mark.training
 async def test_old_progress_is_thinned_out(
     running: Any, sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ async def test_old_progress_is_thinned_out(
     assert events[0].number <= 10
 
 
+@pytest.mark.training
 async def test_events_wait_while_redis_is_away(idle_bench: Any, redis_url: str, sender: Sender) -> None:
     idle_bench.registry.push()
     await idle_bench.start()  # where it looks for Redis there is nothing
@@ -190,6 +192,7 @@ async def test_events_wait_while_redis_is_away(idle_bench: Any, redis_url: str, 
     await client.until_job(lambda job: job.last_event == 1)
 
 
+@pytest.mark.training
 async def test_the_stream_is_read_by_the_scheduler_that_leads_alone(
     running: Any, sender: Sender, redis_url: str
 ) -> None:

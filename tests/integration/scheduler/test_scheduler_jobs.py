@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
 import pytest
 
 from penstock.scheduler.v1 import job_pb2, job_service_pb2, job_work_pb2, scheduler_service_pb2
@@ -15,6 +16,7 @@ from penstock_kit.errors import (
     Reason,
     Unavailable,
 )
+from penstock_scheduler.app import Scheduler
 
 RESULT = "models/digits/versions/2"
 
@@ -50,16 +52,13 @@ async def test_a_running_job_is_cancelled_and_holds_nothing(bench: Any, client: 
     assert not agent.tasks
 
 
-@pytest.mark.parametrize("nodes", [2, 3])
-async def test_a_gang_starts_whole_or_not_at_all(bench: Any, client: Any, nodes: int) -> None:
+async def test_a_gang_starts_whole_or_not_at_all(bench: Any, client: Any) -> None:
     await bench.agent("n1", cpu_millis=1000)
     await bench.agent("n2", cpu_millis=1000)
     resources = {"cpu_millis": 600}
-    if nodes == 3:
-        with pytest.raises(Exception, match="could not hold its 3 tasks"):
-            await client.create_job(nodes=nodes, resources=resources)
-        return
-    await client.create_job(nodes=nodes, resources=resources)
+    with pytest.raises(FailedPrecondition, match="could not hold its 3 tasks"):
+        await client.create_job(nodes=3, resources=resources)
+    await client.create_job(nodes=2, resources=resources)
     running = await client.until_job("RUNNING")
     assert {task.node for task in running.tasks} == {"nodes/n1", "nodes/n2"}
 
@@ -205,3 +204,85 @@ async def test_a_task_gets_to_know_where_the_leading_one_is(bench: Any, client: 
     assert (first.rendezvous, first.tasks, first.attempt, first.index) == ("", 2, 1, 0)
     assert first.job.profile.version == "models/digits/versions/1"
     assert first.resources.cpu_millis == 500
+
+
+@pytest.mark.training
+async def test_another_scheduler_takes_a_running_job_over_as_it_is(bench: Any, client: Any) -> None:
+    agent = await bench.agent()
+    await client.create_job()
+    await client.until_job("RUNNING")
+    second = Scheduler(bench.settings(scheduler_listen=f"unix:{bench.folder}/s2"), bench.failures.append)
+    await second.start()
+    try:
+        other = bench.client(f"unix:{bench.folder}/s2")
+        # A follower takes changes, and shows what the leader does.
+        await other.create_job("more")
+        await other.until_job("RUNNING", "more")
+        await other.cancel_job("more")
+        await other.until_job("CANCELLED", "more")
+        await bench.stop()
+        heir = type(agent)(f"unix:{bench.folder}/s2", "n1")
+        bench.agents.append(heir)
+        heir.observed_tasks = dict(agent.observed_tasks)
+
+        async def attached() -> bool:
+            await heir.vanish()
+            await heir.attach()
+            await bench.eventually(lambda: heir.generation > 0 or heir.error is not None)
+            return heir.generation > 0
+
+        await bench.eventually(attached, "the other one leads")
+        heir.works = lambda spec: None
+        heir.say_task("jobs/fit/tasks/0", "SUCCEEDED", results=[RESULT])
+        done = await other.until_job("SUCCEEDED")
+        assert (done.attempt, done.restarts, list(done.results)) == (1, 0, [RESULT])
+    finally:
+        await second.stop()
+
+
+async def test_a_job_of_a_lost_node_starts_again_elsewhere_and_the_node_ends_what_it_has(
+    idle_bench: Any,
+) -> None:
+    idle_bench.registry.push()
+    await idle_bench.start(node_lease_seconds=0.3)
+    first = await idle_bench.agent("n1")
+    client = idle_bench.client()
+    await client.create_job()
+    running = await client.until_job("RUNNING")
+    assert running.tasks[0].node == "nodes/n1"
+    await first.vanish()
+    waiting = await client.until_job(lambda job: job.attempt == 1 and job.state == job_pb2.JOB_STATE_QUEUED)
+    assert "n1" in waiting.message
+    await idle_bench.agent("n2")
+    again = await client.until_job("RUNNING")
+    assert (again.attempt, again.restarts, again.tasks[0].node) == (2, 0, "nodes/n2")
+    # It comes back with the task of the first attempt, and is told to end it.
+    await first.attach()
+    await idle_bench.eventually(lambda: not first.tasks and not first.observed_tasks, "nothing runs twice")
+    assert (await client.job()).attempt == 2
+
+
+async def test_a_failed_job_starts_again_and_says_when(bench: Any, client: Any) -> None:
+    agent = await bench.agent()
+    await client.create_job(max_restarts=1)
+    await client.until_job("RUNNING")
+    agent.works = lambda spec: None
+    agent.say_task("jobs/fit/tasks/0", "FAILED", message="It fell.", failure_reason="SIGNAL")
+    waiting = await client.until_job("QUEUED")
+    assert waiting.message.startswith("It starts again after")
+    assert waiting.message.endswith("1 of 1: It fell.")
+    await bench.eventually(lambda: "jobs/fit/tasks/1" in agent.tasks, "it starts again")
+    agent.say_task("jobs/fit/tasks/1", "FAILED", message="It fell.", failure_reason="SIGNAL", permanent=True)
+    failed = await client.until_job("FAILED")
+    assert (failed.failure_reason, failed.restarts, failed.attempt) == ("SIGNAL", 1, 2)
+    assert failed.HasField("end_time")
+
+
+async def test_reports_of_tasks_that_make_no_sense_end_the_stream(bench: Any, client: Any) -> None:
+    agent = await bench.agent()
+    agent.works = lambda spec: None
+    await client.create_job()
+    await bench.eventually(lambda: agent.tasks, "it is to run")
+    agent.say_task("jobs/fit/tasks/0", "PENDING")
+    await bench.eventually(lambda: agent.error is not None, "the stream ends")
+    assert agent.error.code() is grpc.StatusCode.INVALID_ARGUMENT
