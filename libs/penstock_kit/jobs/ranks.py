@@ -8,8 +8,8 @@ from penstock_kit.jobs.train import Named, Plan, plan_of
 from penstock_kit.jobs.training import OPTIMIZERS
 
 _STRATEGY = "job.train.recipe.strategy"
-# These put rows and columns of a tensor together, which slices of it do not have.
-_WHOLE_TENSORS = frozenset({"adafactor"})
+# Adafactor puts rows and columns of a tensor together; torch's rprop writes in ways that DTensor lacks.
+_WHOLE_TENSORS = frozenset({"adafactor", "rprop"})
 _SLICED = frozenset({"fsdp", "tensor_parallel"})
 
 
@@ -37,8 +37,8 @@ def check_ranks(job: job_pb2.Job) -> None:
         )
     if name in _SLICED and plan.optimizer.name in _WHOLE_TENSORS:
         raise invalid(
-            f"The optimizer {plan.optimizer.name} works with whole tensors, and the strategy {name} cuts "
-            "them. Take ddp, or another optimizer.",
+            f"The optimizer {plan.optimizer.name} needs whole tensors, and the strategy {name} cuts them. "
+            "Take ddp, or another optimizer.",
             f"{_STRATEGY}.name",
         )
     if name == "parameter_server":
