@@ -29,6 +29,7 @@ from penstock_kit.telemetry import MetricsServer, configure_logging, configure_t
 from penstock_scheduler.adapters.event_stream import RedisEventStream
 from penstock_scheduler.adapters.registry import GrpcRegistry
 from penstock_scheduler.adapters.work import SqlLeadership, SqlWorks
+from penstock_scheduler.api.job_references import canary_of
 from penstock_scheduler.api.jobs import JobServicer
 from penstock_scheduler.api.nodes import NodeServicer
 from penstock_scheduler.api.projects import ProjectServicer
@@ -42,6 +43,7 @@ from penstock_scheduler.usecases.aliases import AliasFollower
 from penstock_scheduler.usecases.attach import AttachHub
 from penstock_scheduler.usecases.deployments import Deployments
 from penstock_scheduler.usecases.inspect import Inspect
+from penstock_scheduler.usecases.job_canaries import JobCanaries
 from penstock_scheduler.usecases.job_events import EventIntake, JobEvents
 from penstock_scheduler.usecases.job_results import JobResults
 from penstock_scheduler.usecases.jobs import Jobs
@@ -94,7 +96,13 @@ class Scheduler:
         self._leadership = SqlLeadership(self._engine)
         self._hub = AttachHub(self._wake)
         self.traffic = Traffic(self._wake)
-        self._results = JobResults(registry, self._wake, lambda: self._reconciler.leading)
+        deployments = Deployments(works, registry, WakeAll(self._wake, alias_wake), defaults)
+        self._results = JobResults(
+            registry,
+            self._wake,
+            lambda: self._reconciler.leading,
+            JobCanaries(deployments, canary_of).begin,
+        )
         self._reconciler = Reconciler(
             works, self._leadership, self._hub, self._wake, policy, self.traffic, self._results
         )
@@ -113,7 +121,7 @@ class Scheduler:
         self._server.add(
             scheduler_service_pb2_grpc.add_SchedulerServiceServicer_to_server,
             SchedulerServicer(
-                Deployments(works, registry, WakeAll(self._wake, alias_wake), defaults),
+                deployments,
                 Rollouts(works, self._wake, self._reconciler.deployments),
                 Nodes(works, inspect, self._wake),
                 inspect,

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
+from google.protobuf import struct_pb2
 from google.protobuf.message import Message
 
 from penstock.scheduler.v1 import job_pb2
 from penstock_kit import names
+from penstock_scheduler.domain.job import Job
+from penstock_scheduler.usecases.job_canaries import Wish
 from penstock_scheduler.usecases.jobs import Reference
 
 
@@ -32,6 +35,19 @@ def replace_references(job: job_pb2.Job, found: Mapping[Reference, str]) -> None
     """Puts what names mean in their places."""
     for place in list(_places(job)):
         place.put(found[place.reference])
+
+
+def canary_of(job: Job) -> Wish | None:
+    """The deployment that a job names for what it compresses, and which version it gets."""
+    work = job_pb2.Job.FromString(job.work)
+    made = [name for name in job.results if name.startswith("models/")]
+    if work.WhichOneof("work") != "compress" or not work.compress.deployment or not made:
+        return None
+    report = struct_pb2.Struct.FromString(job.report)
+    gate = report.fields["gate"].struct_value.fields if "gate" in report.fields else {}
+    model, number = names.parse_version(made[0])
+    deployment = work.compress.deployment.removeprefix("deployments/")
+    return Wish(deployment, model, number, "passed" not in gate or gate["passed"].bool_value)
 
 
 def _places(job: job_pb2.Job) -> Iterator[_Place]:

@@ -310,9 +310,11 @@ class RegistryWord:
     Attributes:
         final: all its results are READY.
         refusal: why one of them will never be; empty if none was refused.
+        note: what became of them, for people.
         deleted: leftovers that are gone.
     """
 
     final: bool = False
     refusal: str = ""
+    note: str = ""
     deleted: frozenset[str] = frozenset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from penstock_kit.errors import FailedPrecondition, InvalidArgument, NotFound, PenstockError
 from penstock_scheduler.domain.job import Job, JobState, RegistryWord
@@ -18,6 +18,10 @@ TICK_SECONDS = 30.0
 AT_ONCE = 8
 
 
+async def _no_canary(_: Job) -> str:
+    return ""
+
+
 class JobResults:
     """Asks the registry, outside of transactions, and gives the loop its word.
 
@@ -27,12 +31,21 @@ class JobResults:
         registry: the registry.
         wakeup: told when the registry has said something.
         leading: whether this scheduler leads.
+        canary: gives final results to the deployment that a job names, and says what came of it; may be
+            repeated.
     """
 
-    def __init__(self, registry: ResultStore, wakeup: Wakeup, leading: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        registry: ResultStore,
+        wakeup: Wakeup,
+        leading: Callable[[], bool],
+        canary: Callable[[Job], Awaitable[str]] = _no_canary,
+    ) -> None:
         self._registry = registry
         self._wakeup = wakeup
         self._leading = leading
+        self._canary = canary
         self._wake = Wake()
         self._open: dict[str, Job] = {}
         self._words: dict[str, RegistryWord] = {}
@@ -95,7 +108,7 @@ class JobResults:
                 await self._registry.finalize(name)
             except (NotFound, FailedPrecondition, InvalidArgument) as error:
                 return RegistryWord(refusal=f"The registry does not take {name}: {error}")
-        return RegistryWord(final=True)
+        return RegistryWord(final=True, note=await self._canary(job))
 
     async def _clean(self, job: Job) -> RegistryWord:
         deleted = []

@@ -360,7 +360,7 @@ class JobDraft:
             refused = replace(job, failure_reason=RESULT_REFUSED)
             return self._end(refused, JobState.FAILED, word.refusal)
         if word.final or not job.results:
-            return self._end(job, JobState.SUCCEEDED, "")
+            return self._end(job, JobState.SUCCEEDED, word.note)
         return job
 
     def _end(self, job: Job, state: JobState, why: str) -> Job:
