@@ -77,11 +77,11 @@ def _share(default: float, text: str) -> Parameter:
     return Parameter("number", default, text, low=0.0, high=1.0, above_low=True, below_high=True)
 
 
-def _repair(epochs: int = 0) -> dict[str, Parameter]:
+def _repair(epochs: float = 0.0) -> dict[str, Parameter]:
     """Parameters of the training after a step that removes something."""
     return {
         "repair_epochs": Parameter(
-            "integer", epochs, "Epochs of training afterwards, to win back what was lost.", low=0, high=1000
+            "number", epochs, "Epochs of training afterwards, to win back what was lost.", low=0, high=1000
         ),
         "learning_rate": Parameter(
             "number", 0.001, "Learning rate (AdamW) of that training.", low=0.0, high=1.0, above_low=True
@@ -125,7 +125,7 @@ STEPS: Mapping[str, Mapping[str, Parameter]] = {
         ),
         "round_to": Parameter("integer", 1, "Channels are left in multiples of this.", low=1, high=256),
         "layers": _LAYERS,
-        **_repair(3),
+        **_repair(3.0),
     },
     "prune_2_4": {"layers": _LAYERS, **_repair()},
     "quantize": {
@@ -157,7 +157,7 @@ STEPS: Mapping[str, Mapping[str, Parameter]] = {
         "keep_layers": Parameter(
             "integer", 0, "Layers that the student keeps; 0 means half.", low=0, high=1000
         ),
-        "epochs": Parameter("integer", 5, "Epochs of its training.", low=1, high=10000),
+        "epochs": Parameter("number", 5.0, "Epochs of its training.", low=0, high=10000, above_low=True),
         "learning_rate": Parameter(
             "number", 0.001, "Learning rate (AdamW).", low=0.0, high=1.0, above_low=True
         ),
@@ -185,7 +185,7 @@ STEPS: Mapping[str, Mapping[str, Parameter]] = {
             choices=("loss", "similarity"),
         ),
         "rows": Parameter("integer", 256, "Rows that importance is measured on.", low=1, high=65536),
-        **_repair(2),
+        **_repair(2.0),
     },
     "low_rank": {
         "energy": Parameter(

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 Steps = tuple[tuple[str, Mapping[str, Any]], ...]
 """Names of steps with those parameters that are not at their defaults."""
 
-# Epochs of repair in the rungs that a body runs through, one after the other.
-RUNG_EPOCHS = (1, 3, 6)
+# Steps of repair that a body gets in each rung, if there is time, and epochs at most: beyond, a small
+# dataset has nothing new to say.
+RUNG_STEPS = (150, 600, 1500)
+RUNG_EPOCHS_MOST = (4.0, 12.0, 30.0)
+# Part of the search's time that all repairs of a rung may take together.
+RUNG_SHARES = (0.25, 0.2, 0.2)
+LAST_RUNG = len(RUNG_STEPS) - 1
+# Learning rate of repairs: they begin with weights that are good already.
+RATE = 0.0005
 # Part of the bodies that goes on to the next rung.
 KEPT = 1 / 3
 # A repair that is not over yet may still lose so many times the loss that is allowed in the end.
@@ -45,7 +52,7 @@ class ModelFacts:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Body:
-    """Steps before a quantization. `repair` in them stands for the epochs that its rung gives.
+    """Steps before a quantization, with the repair of the first rung.
 
     Attributes:
         name: For people, and the key of what is known of it.
@@ -56,6 +63,26 @@ class Body:
     name: str
     steps: Steps
     prior: float = 0.0
+
+
+def pace(rows: int, batch_size: int, step_seconds: float, seconds: float, count: int) -> tuple[float, ...]:
+    """Return the epochs of repair that a body gets in each rung.
+
+    Args:
+        rows: To learn from.
+        batch_size: Rows of a step.
+        step_seconds: How long a step takes.
+        seconds: The time of the whole search.
+        count: Bodies in the first rung.
+    """
+    per_epoch = max(1, math.ceil(rows / batch_size))
+    found = []
+    for wanted, most, share in zip(RUNG_STEPS, RUNG_EPOCHS_MOST, RUNG_SHARES, strict=True):
+        in_time = share * seconds / max(1, count) / max(step_seconds, 1e-9)
+        epochs = min(wanted / per_epoch, most, in_time / per_epoch)
+        found.append(max(0.02, round(epochs, 2)))
+        count = math.ceil(count * KEPT)
+    return tuple(found)
 
 
 def finishes(facts: ModelFacts) -> list[Steps]:
@@ -70,17 +97,26 @@ def finishes(facts: ModelFacts) -> list[Steps]:
         (("quantize", {"scheme": "weight_only_int8"}),),
         (("quantize", {"scheme": "weight_only_int4"}),),
     ]
-    clipped = found[0]
-    found.append((("clip", {"percentile": 99.9}), *clipped))
     return found
 
 
-def bodies(facts: ModelFacts) -> list[Body]:
-    """Return what may be taken away from a model, the most promising first."""
+def clipped(finish: Steps) -> Steps:
+    """Return a quantization behind a clipping, for a model whose outliers cost it accuracy."""
+    return (("clip", {"percentile": 99.9}), *finish)
+
+
+def bodies(facts: ModelFacts, epochs: float) -> list[Body]:
+    """Return what may be taken away from a model, the most promising first.
+
+    Args:
+        facts: What there is.
+        epochs: Of repair in the first rung; in a body of two steps each gets half of them.
+    """
     if not facts.trainable:
         return []
     found: list[Body] = []
-    repair = {"repair_epochs": RUNG_EPOCHS[0]}
+    repair = {"repair_epochs": epochs, "learning_rate": RATE}
+    half_repair = {"repair_epochs": epochs / 2, "learning_rate": RATE}
     if facts.free_layers:
         for amount, prior in ((0.5, 3.0), (0.75, 2.5), (0.3, 1.5)):
             found.append(
@@ -96,17 +132,12 @@ def bodies(facts: ModelFacts) -> list[Body]:
                 found.append(Body("drop-1", (("drop_layers", {"layers": 1, **repair}),), 1.0))
         if facts.free_layers:
             steps = (
-                ("drop_layers", {"layers": half, **repair}),
-                ("prune_channels", {"amount": 0.5, **repair}),
+                ("drop_layers", {"layers": half, **half_repair}),
+                ("prune_channels", {"amount": 0.5, **half_repair}),
             )
             found.append(Body(f"drop-{half}+channels-0.5", steps, 2.6))
-        found.append(
-            Body(
-                f"distill-{max(1, facts.blocks // 2)}",
-                (("distill", {"keep_layers": max(1, facts.blocks // 2), "epochs": RUNG_EPOCHS[0]}),),
-                1.8,
-            )
-        )
+        student = {"keep_layers": max(1, half), "epochs": epochs, "learning_rate": RATE}
+        found.append(Body(f"distill-{max(1, half)}", (("distill", student),), 1.8))
     if facts.linears > 1:
         found.append(Body("low-rank-0.8", (("low_rank", {"energy": 0.8, **repair}),), 1.2))
     return sorted(found, key=lambda body: -body.prior)
@@ -132,7 +163,7 @@ def survivors(scores: Mapping[str, float], rung: int) -> list[str]:
         scores: By body.
         rung: From 0.
     """
-    if rung + 1 >= len(RUNG_EPOCHS):
+    if rung >= LAST_RUNG:
         return []
     count = max(1, math.ceil(len(scores) * KEPT))
     return sorted(scores, key=lambda name: -scores[name])[:count]
@@ -140,10 +171,4 @@ def survivors(scores: Mapping[str, float], rung: int) -> list[str]:
 
 def allowed_loss(max_loss: float, rung: int) -> float:
     """Return what may be lost in a rung: more in early ones, whose repair goes on."""
-    last = len(RUNG_EPOCHS) - 1
-    return max_loss * float(PATIENCE ** ((last - min(rung, last)) / max(1, last)))
-
-
-def best_first(items: Sequence[Any], key: Callable[[Any], float], count: int) -> list[Any]:
-    """Return the `count` items with the highest keys."""
-    return sorted(items, key=key, reverse=True)[:count]
+    return max_loss * float(PATIENCE ** ((LAST_RUNG - min(rung, LAST_RUNG)) / LAST_RUNG))

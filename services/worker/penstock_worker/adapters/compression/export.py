@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import warnings
@@ -16,75 +17,95 @@ from torch import nn
 
 from penstock.registry.v1 import manifest_pb2
 from penstock_worker.adapters.compression.subject import Subject, load_program, save_program
+from penstock_worker.adapters.training.architectures import Blueprint
+from penstock_worker.adapters.training.export import Served
 from penstock_worker.usecases.job_context import JobFailure
 
 _OPSET = 20
+# What an export of texts is traced with.
+_EXAMPLE_TOKENS = 5
 
 
 def write_bundle(
-    subject: Subject, source: manifest_pb2.Manifest, example: torch.Tensor | None, directory: Path
+    subject: Subject, source: manifest_pb2.Manifest, form: Form | None, directory: Path
 ) -> manifest_pb2.Manifest:
     """Write the files that serve a subject.
 
     Args:
         subject: What was compressed.
         source: Manifest of what it was made from.
-        example: Inputs of a module, two rows at least; None for graphs.
+        form: How callers see a module; None for graphs.
         directory: Empty.
 
     Returns:
         The manifest: what the source's says, with runtime, format and entrypoint of the result, without what
-        holds for the source alone.
+        holds for the source alone (metrics, lineage, gate, resources).
     """
     manifest = manifest_pb2.Manifest(
-        signature=source.signature, batching=source.batching, license=source.license
+        signature=source.signature,
+        batching=source.batching,
+        license=source.license,
+        parameters=source.parameters,
+        runtime="onnx" if subject.format == "onnx" else "torch",
+        format=subject.format,
+        entrypoint=f"model.{subject.format}",
     )
-    manifest.runtime = "onnx" if subject.format == "onnx" else "torch"
-    manifest.format = subject.format
-    manifest.entrypoint = f"model.{subject.format}"
-    if "threads" in source.parameters:
-        manifest.parameters["threads"] = source.parameters["threads"]
     target = directory / manifest.entrypoint
     if subject.graph is not None:
         shutil.copyfile(subject.graph, target)
     else:
-        save_program(_program(subject, example, source), target)
+        save_program(_program(subject, form), target)
     return manifest
 
 
-def _program(subject: Subject, example: torch.Tensor | None, manifest: manifest_pb2.Manifest) -> Any:
-    if example is None:
-        raise ValueError("a module is exported with an example of its input")
-    return program_of(subject.need_module("export"), example, manifest)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Form:
+    """How callers see a module.
 
-
-def program_of(module: nn.Module, example: torch.Tensor, manifest: manifest_pb2.Manifest) -> Any:
-    """Export a module that takes one tensor, with the free dimensions that its signature has.
-
-    Raises:
-        JobFailure: UNSUPPORTED if torch cannot export it.
+    Attributes:
+        blueprint: What its answers are.
+        example: Its inputs, two rows each.
+        max_rows: Rows in one call at most.
     """
-    module.eval()
-    most = max(2, manifest.batching.max_batch_size)
-    shape = manifest.signature.inputs[0].shape
-    free: dict[int, Any] = {
-        axis: torch.export.Dim("batch", min=1, max=most) if axis == 0 else torch.export.Dim.AUTO
-        for axis, size in enumerate(shape)
-        if size < 0
-    }
-    with quiet():
-        try:
-            # A copy: the archive keeps the memory that the example lies in.
-            return torch.export.export(module, (example[:2].clone(),), dynamic_shapes=(free or None,))
-        except Exception as error:
-            raise JobFailure(
-                f"torch.export cannot export the compressed model: {str(error)[:500]}", "UNSUPPORTED"
-            ) from error
+
+    blueprint: Blueprint
+    example: tuple[torch.Tensor, ...]
+    max_rows: int
+
+    def program(self, module: nn.Module) -> Any:
+        """Export the module with the outputs and the free dimensions that recipes give their models.
+
+        Raises:
+            JobFailure: UNSUPPORTED if torch cannot export it.
+        """
+        dimensions: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=max(2, self.max_rows))}
+        example = self.example
+        if self.blueprint.of_tokens:
+            longest = int(self.blueprint.parameters["length"])
+            dimensions[1] = torch.export.Dim("length", min=1, max=longest)
+            example = tuple(tokens[:, :_EXAMPLE_TOKENS] for tokens in example)
+        served = Served(module, self.blueprint).eval()
+        with quiet(), torch.no_grad():
+            try:
+                # Copies: the archive keeps the memory that its examples lie in.
+                return torch.export.export(
+                    served,
+                    tuple(part.clone() for part in example),
+                    dynamic_shapes=(tuple(dimensions for _ in example),),
+                )
+            except Exception as error:
+                raise JobFailure(
+                    f"torch.export cannot export the compressed model: {str(error)[:500]}", "UNSUPPORTED"
+                ) from error
 
 
-def onnx_of(
-    subject: Subject, source: manifest_pb2.Manifest, example: torch.Tensor | None, target: Path
-) -> None:
+def _program(subject: Subject, form: Form | None) -> Any:
+    if form is None:
+        raise ValueError("a module needs a form to be exported")
+    return form.program(subject.need_module("export"))
+
+
+def onnx_of(subject: Subject, source: manifest_pb2.Manifest, form: Form | None, target: Path) -> None:
     """Write a subject as an ONNX file in fp32 whose tensors have the names of the signature.
 
     Raises:
@@ -94,7 +115,7 @@ def onnx_of(
         shutil.copyfile(subject.graph, target)
         return
     graph = subject.graph
-    program = load_program(graph) if graph is not None else _program(subject, example, source)
+    program = load_program(graph) if graph is not None else _program(subject, form)
     with quiet():
         try:
             converted = torch.onnx.export(

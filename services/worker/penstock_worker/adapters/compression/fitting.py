@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,13 +30,13 @@ class Plan:
     """How a module is trained.
 
     Attributes:
-        epochs: Times that all rows are seen.
+        epochs: Times that all rows are seen; parts of one, too.
         learning_rate: The highest; AdamW.
         batch_size: Rows of a step.
         seed: Of the order of rows.
     """
 
-    epochs: int
+    epochs: float
     learning_rate: float = 0.001
     batch_size: int = 64
     seed: int = 0
@@ -63,21 +64,22 @@ def fit(
         more: Something that learns with it.
 
     Returns:
-        The mean loss of the last epoch; NaN without one.
+        The mean loss of the last epoch, or of all steps if there are fewer; NaN without one.
 
     Raises:
         JobFailure: DIVERGED if the loss is no number any more.
     """
-    steps = math.ceil(len(rows) / plan.batch_size) * plan.epochs
+    per_epoch = math.ceil(len(rows) / plan.batch_size)
+    steps = math.ceil(per_epoch * plan.epochs)
     if not steps:
         return math.nan
     parameters = [*module.parameters(), *(more.parameters() if more is not None else ())]
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     module.train()
-    total, count, per_epoch = 0.0, 0, steps // plan.epochs
+    total, count = 0.0, 0
     try:
-        for step, indices in enumerate(_orders(len(rows), plan)):
+        for step, indices in enumerate(itertools.islice(_orders(len(rows), plan), steps)):
             loss = loss_of(indices)
             if not math.isfinite(value := loss.item()):
                 raise JobFailure(
@@ -107,7 +109,7 @@ def _rate(step: int, steps: int) -> float:
 
 def _orders(rows: int, plan: Plan) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(plan.seed)
-    for _ in range(plan.epochs):
+    while True:
         yield from torch.randperm(rows, generator=generator).split(plan.batch_size)
 
 

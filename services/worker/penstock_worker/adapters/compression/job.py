@@ -102,8 +102,7 @@ class _Compression:
         directory = self._context.scratch / name
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        example = self._tools.example() if subject.graph is None else None
-        return directory, self._source.write_bundle(subject, example, directory)
+        return directory, self._source.write_bundle(subject, directory)
 
     def _publish(
         self,

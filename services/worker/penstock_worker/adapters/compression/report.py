@@ -75,7 +75,15 @@ def search_report(found: Found, verdict: Verdict, metric: str, version: str) -> 
         "gate": gate_values(verdict),
         "skipped": found.skipped[:_SKIPPED],
         "candidates": [
-            row("source", found.source, metric, steps=[], front=False, passed=True, recommended=False),
+            row(
+                "source",
+                found.source,
+                metric,
+                steps=[],
+                front=0 in found.on_front,
+                passed=True,
+                recommended=False,
+            ),
             *(
                 row(
                     candidate.text,
@@ -87,7 +95,7 @@ def search_report(found: Found, verdict: Verdict, metric: str, version: str) -> 
                     recommended=candidate is found.recommended,
                     thorough=candidate.thorough,
                 )
-                for place, candidate in enumerate(found.candidates)
+                for place, candidate in enumerate(found.candidates, start=1)
             ),
         ],
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -17,9 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from penstock_kit.jobs.compress import step_of
+from penstock_kit.jobs.compress import STEPS, step_of
+from penstock_worker.adapters.compression.fitting import Plan, fit
 from penstock_worker.adapters.compression.layers import layers, repeated_blocks
 from penstock_worker.adapters.compression.pipeline import run_step
 from penstock_worker.adapters.compression.source import Source
@@ -30,13 +33,16 @@ from penstock_worker.adapters.compression.trial import Effort, Scale
 from penstock_worker.adapters.measuring.loading import ModelError
 from penstock_worker.domain.pareto import Outcome, front, recommend
 from penstock_worker.domain.search_space import (
-    RUNG_EPOCHS,
+    LAST_RUNG,
+    RATE,
     Body,
     ModelFacts,
     Steps,
     allowed_loss,
     bodies,
+    clipped,
     finishes,
+    pace,
     score,
     survivors,
 )
@@ -49,7 +55,10 @@ _BRIEF, _THOROUGH = Effort(0.3, 2000), Effort(1.5, 0)
 # How many are measured thoroughly.
 _FINALISTS = 6
 # Of the time: no trial is begun after this part of it, so that the end can be measured.
-_LAST_TRIAL = 0.85
+_LAST_TRIAL = 0.8
+# A quantization that loses so much of what is allowed is tried behind a clipping as well.
+_NOTICEABLE = 0.25
+_TIMED_STEPS = 4
 _STATE = "search.json"
 _NO_STEPS: Steps = ()
 
@@ -81,7 +90,7 @@ class Candidate:
     @property
     def key(self) -> str:
         """What tells it from others."""
-        return f"{self.body}@{self.rung if self.body else 0}|{json.dumps(self.finish, sort_keys=True)}"
+        return _key(self.body, self.rung, self.finish)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,7 +100,7 @@ class Found:
     Attributes:
         source: The source itself.
         candidates: All that were measured, the thorough ones first.
-        on_front: Places among the candidates that no other one beats.
+        on_front: Which of the source (0) and the candidates (from 1) no other one beats.
         recommended: Which one to take.
         seconds: How long it took.
         skipped: Combinations that failed, with why.
@@ -134,10 +143,11 @@ class Search:
         self._candidates: dict[str, Candidate] = {}
         self._skipped: list[str] = []
         self._spent, self._start = 0.0, time.monotonic()
-        # What is known of each body: its rung, the text of its steps, and where its module is.
-        self._repaired: dict[str, dict[str, Any]] = {}
+        # The texts of the steps of each body in each rung, by the name of the directory that has its module.
+        self._repaired: dict[str, list[str]] = {}
         self._modules = context.scratch / "bodies"
         self._step = 0
+        self._epochs: tuple[float, ...] = ()
         self._beside: Outcome | None = None
 
     def run(self) -> Found:
@@ -150,9 +160,10 @@ class Search:
         self._resume()
         facts = self._facts()
         for finish in finishes(facts):
-            self._try(None, finish)
+            self._try("", finish)
         ends = self._best_finishes()
-        self._rungs(bodies(facts), ends)
+        self._epochs = self._epochs or self._pace(facts)
+        self._rungs(bodies(facts, self._epochs[0]), ends)
         if not self._candidates:
             raise JobFailure(
                 f"No combination of steps could be applied: {'; '.join(self._skipped[:5])}", "UNSUPPORTED"
@@ -162,10 +173,7 @@ class Search:
 
     def subject_of(self, candidate: Candidate) -> Subject:
         """Return a candidate again: its body from where it is kept, its finish anew."""
-        subject = self._body_subject(candidate.body)
-        for name, parameters in candidate.finish:
-            run_step(subject, step_of(name, parameters), self._tools)
-        return subject
+        return self._subject(candidate.body, candidate.rung, candidate.finish)
 
     def _facts(self) -> ModelFacts:
         subject = self._source.subject(self._context.scratch)
@@ -203,33 +211,33 @@ class Search:
 
     def _rungs(self, all_bodies: Sequence[Body], ends: Sequence[Steps]) -> None:
         alive = {body.name: body for body in all_bodies}
-        for rung in range(len(RUNG_EPOCHS)):
+        for rung in range(LAST_RUNG + 1):
             scores: dict[str, float] = {}
             for name, body in alive.items():
                 if self._over():
                     return
                 if not self._repair(body, rung):
                     continue
-                tried = [self._try(body, finish) for finish in ends]
+                tried = [self._try(name, finish, rung) for finish in ends]
                 scores[name] = max((self._score(each, rung) for each in tried if each), default=-1e9)
             alive = {name: alive[name] for name in survivors(scores, rung)}
 
     def _repair(self, body: Body, rung: int) -> bool:
         """Bring a body to a rung, by its steps or by more repair; return whether it got there."""
-        known = self._repaired.get(body.name)
-        if known is not None and known["rung"] >= rung:
+        if _place(body.name, rung) in self._repaired:
             return True
         try:
             if rung == 0:
                 subject, texts = self._source.subject(self._context.scratch), []
                 steps = [step_of(name, parameters) for name, parameters in body.steps]
             else:
-                subject, texts = self._body_subject(body.name), list((known or {})["texts"])
-                # The steps are done; distillation goes on as it began, all else repairs by the labels.
-                epochs = RUNG_EPOCHS[rung] - RUNG_EPOCHS[rung - 1]
+                subject = self._body_subject(body.name, rung - 1)
+                texts = list(self._repaired[_place(body.name, rung - 1)])
+                # What is gone is gone; from now on the body learns from the source.
                 blocks = repeated_blocks(subject.need_module("search"))
                 keep = {"keep_layers": len(blocks.names)} if blocks else {}
-                steps = [step_of("distill", {"epochs": epochs, "learning_rate": 0.0005, **keep})]
+                lesson = {"epochs": self._epochs[rung], "learning_rate": RATE, **keep}
+                steps = [step_of("distill", lesson)]
             for step in steps:
                 run_step(subject, step, self._tools)
                 texts.append(step.text())
@@ -237,53 +245,40 @@ class Search:
             self._skipped.append(f"{body.name}: {failure.message}")
             self._context.log(f"{body.name} is left out: {failure.message}")
             return False
-        directory = self._modules / f"{body.name}@{rung}"
+        directory = self._modules / _place(body.name, rung)
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         subject.save(directory)
-        before = (known or {}).get("directory")
-        self._repaired[body.name] = {"rung": rung, "texts": texts, "directory": directory.name}
-        if before and not any(
-            candidate.body == body.name and candidate.rung == rung - 1
-            for candidate in self._candidates.values()
-        ):
-            shutil.rmtree(self._modules / before, ignore_errors=True)
+        self._repaired[directory.name] = texts
         return True
 
-    def _body_subject(self, name: str) -> Subject:
+    def _body_subject(self, name: str, rung: int) -> Subject:
         if not name:
             return self._source.subject(self._context.scratch)
-        directory = self._modules / str(self._repaired[name]["directory"])
-        return self._source.load(directory, self._context.scratch / "loaded")
+        return self._source.load(self._modules / _place(name, rung), self._context.scratch / "loaded")
 
-    def _try(self, body: Body | None, finish: Steps) -> Candidate | None:
+    def _try(self, name: str, finish: Steps, rung: int = 0) -> Candidate | None:
         """Measure a combination briefly, if that was not done."""
-        name = body.name if body else ""
-        rung = int(self._repaired[name]["rung"]) if name else 0
-        texts = [*(self._repaired[name]["texts"] if name else []), *_texts(finish)]
-        key = f"{name}@{rung}|{json.dumps(finish, sort_keys=True)}"
+        texts = [*(self._repaired[_place(name, rung)] if name else []), *_texts(finish)]
+        key = _key(name, rung, finish)
         if key in self._candidates:
             return self._candidates[key]
         if self._over():
             return None
         text = " → ".join(texts)
         try:
-            outcome, passed = self._measure(self._subject(name, finish), _BRIEF)
+            outcome, passed = self._measure(self._subject(name, rung, finish), _BRIEF)
         except (JobFailure, ModelError) as failure:
             self._skipped.append(f"{text}: {failure}")
             self._context.log(f"{text} is left out: {failure}")
             return None
-        # What a body was in an earlier rung is not kept: it cannot be published any more.
-        for old in [each for each in self._candidates.values() if name and each.body == name]:
-            if old.rung < rung:
-                del self._candidates[old.key]
         candidate = Candidate(name, finish, text, rung, outcome, passed)
         self._candidates[candidate.key] = candidate
         self._note(candidate)
         return candidate
 
-    def _subject(self, body: str, finish: Steps) -> Subject:
-        subject = self._body_subject(body)
+    def _subject(self, body: str, rung: int, finish: Steps) -> Subject:
+        subject = self._body_subject(body, rung)
         for name, parameters in finish:
             run_step(subject, step_of(name, parameters), self._tools)
         return subject
@@ -292,8 +287,7 @@ class Search:
         directory = self._context.scratch / "candidate"
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        example = self._tools.example() if subject.graph is None else None
-        manifest = self._source.write_bundle(subject, example, directory)
+        manifest = self._source.write_bundle(subject, directory)
         outcome, self._beside = self._scale.measure(directory, manifest, effort)
         return outcome, self._scale.judge(outcome).passed
 
@@ -319,11 +313,35 @@ class Search:
 
     def _best_finishes(self) -> list[Steps]:
         """Return the two quantizations that did best on the source."""
-        tried = sorted(
-            (each for each in self._candidates.values() if not each.body),
-            key=lambda each: -self._score(each, len(RUNG_EPOCHS)),
-        )
+        tried = self._ranked(not_bodies=True)
+        if tried and tried[0].outcome.metric_loss > self._max_loss * _NOTICEABLE:
+            # Outliers may be what it loses by.
+            self._try("", clipped(tried[0].finish))
+            tried = self._ranked(not_bodies=True)
         return [each.finish for each in tried[:2]] or [_NO_STEPS]
+
+    def _ranked(self, *, not_bodies: bool = False) -> list[Candidate]:
+        """Return candidates, the best first."""
+        chosen = [each for each in self._candidates.values() if not (not_bodies and each.body)]
+        return sorted(chosen, key=lambda each: -self._score(each, LAST_RUNG))
+
+    def _pace(self, facts: ModelFacts) -> tuple[float, ...]:
+        """Time a few steps of training on a copy; return the epochs of each rung."""
+        if not facts.trainable:
+            return (0.0,) * (LAST_RUNG + 1)
+        module = self._source.subject(self._context.scratch).need_module("search")
+        tools, batch = self._tools, int(STEPS["distill"]["batch_size"].default)
+        start = time.monotonic()
+
+        def loss_of(indices: torch.Tensor) -> torch.Tensor:
+            inputs, targets = tools.rows.batch(indices)
+            return tools.loss(module(inputs), targets)
+
+        steps = min(_TIMED_STEPS, math.ceil(len(tools.rows) / batch))
+        epochs = steps * batch / len(tools.rows)
+        fit(module, tools.rows, Plan(epochs, 1e-6, batch), loss_of, tools.watch, "timing a step")
+        taken = (time.monotonic() - start) / steps
+        return pace(len(tools.rows), batch, taken, self._seconds, len(bodies(facts, 1.0)))
 
     def _score(self, candidate: Candidate, rung: int) -> float:
         outcome = candidate.outcome
@@ -333,7 +351,7 @@ class Search:
 
     def _measure_finalists(self) -> None:
         """Measure the best anew, thoroughly."""
-        ranked = sorted(self._candidates.values(), key=lambda each: -self._score(each, len(RUNG_EPOCHS)))
+        ranked = self._ranked()
         for candidate in ranked[:_FINALISTS]:
             if candidate.thorough or (self._elapsed() > self._seconds and candidate is not ranked[0]):
                 continue
@@ -345,7 +363,6 @@ class Search:
     def _found(self) -> Found:
         candidates = sorted(self._candidates.values(), key=lambda each: not each.thorough)
         thorough = [each for each in candidates if each.thorough]
-        outcomes = [each.outcome for each in candidates]
         chosen = recommend(
             [each.outcome for each in thorough], [each.passed for each in thorough], self._max_loss
         )
@@ -354,7 +371,7 @@ class Search:
         return Found(
             source=self._beside,
             candidates=candidates,
-            on_front=front(outcomes),
+            on_front=front([self._beside, *(each.outcome for each in candidates)]),
             recommended=thorough[chosen],
             seconds=self._elapsed(),
             skipped=self._skipped,
@@ -371,8 +388,8 @@ class Search:
     def _keep(self) -> None:
         """Write a checkpoint: what was measured, and the modules that candidates are made of."""
         directory = self._context.new_checkpoint(self._step)
-        for known in self._repaired.values():
-            source = self._modules / str(known["directory"])
+        for place in self._repaired:
+            source = self._modules / place
             target = directory / source.name
             target.mkdir()
             for path in source.iterdir():
@@ -382,6 +399,7 @@ class Search:
             "step": self._step,
             "skipped": self._skipped,
             "repaired": self._repaired,
+            "epochs": self._epochs,
             "candidates": [dataclasses.asdict(each) for each in self._candidates.values()],
         }
         (directory / _STATE).write_text(json.dumps(state))
@@ -394,6 +412,7 @@ class Search:
         _, directory = last
         state: Mapping[str, Any] = json.loads((directory / _STATE).read_text())
         self._spent, self._step = float(state["spent"]), int(state["step"])
+        self._epochs = tuple(state["epochs"])
         self._skipped, self._repaired = list(state["skipped"]), dict(state["repaired"])
         for values in state["candidates"]:
             candidate = Candidate(
@@ -405,10 +424,18 @@ class Search:
             )
             self._candidates[candidate.key] = candidate
         self._modules.mkdir(parents=True, exist_ok=True)
-        for known in self._repaired.values():
-            name = str(known["directory"])
-            shutil.copytree(directory / name, self._modules / name, dirs_exist_ok=True)
+        for place in self._repaired:
+            shutil.copytree(directory / place, self._modules / place, dirs_exist_ok=True)
         self._context.log(f"Going on after trial {self._step}, {self._spent:.0f} s into the search.")
+
+
+def _place(body: str, rung: int) -> str:
+    """Return the name of the directory that has the module of a body in a rung."""
+    return f"{body}@{rung}"
+
+
+def _key(body: str, rung: int, finish: Steps) -> str:
+    return f"{_place(body, rung)}|{json.dumps(finish, sort_keys=True)}"
 
 
 def _texts(finish: Steps) -> list[str]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,21 +20,21 @@ from penstock.scheduler.v1 import job_work_pb2
 from penstock_kit.errors import InvalidArgument
 from penstock_kit.jobs.fields import choose, read_fields
 from penstock_kit.jobs.training import ARCHITECTURES
-from penstock_worker.adapters.compression.export import write_bundle
+from penstock_worker.adapters.compression.export import Form, write_bundle
 from penstock_worker.adapters.compression.fitting import Watch, loss_for
-from penstock_worker.adapters.compression.rows import gathered, questions_for
+from penstock_worker.adapters.compression.rows import gathered, no_rows, tensors_of
 from penstock_worker.adapters.compression.structure import CHANGES_FILE, Change, apply_changes, state_of
 from penstock_worker.adapters.compression.subject import Subject, load_subject
 from penstock_worker.adapters.compression.teachers import ModuleTeacher, Teacher, VersionTeacher
 from penstock_worker.adapters.compression.tools import Tools
 from penstock_worker.adapters.data import OpenedDataset, open_dataset
 from penstock_worker.adapters.measuring.loading import OpenedVersion, open_version
-from penstock_worker.adapters.measuring.questions import Questions
+from penstock_worker.adapters.measuring.questions import Questions, questions_of
 from penstock_worker.adapters.runtimes.pt2_safety import refuse_unsafe_pt2
 from penstock_worker.adapters.training.architectures import Blueprint, build_model
 from penstock_worker.adapters.training.architectures.blueprint import ARCHITECTURE_FILE
 from penstock_worker.adapters.training.rebuild import WEIGHTS_FILE, rebuild
-from penstock_worker.adapters.training.rows import Rows, TensorRows
+from penstock_worker.adapters.training.rows import Rows
 from penstock_worker.adapters.training.texts import TOKENIZER_FILE
 from penstock_worker.usecases.job_context import FetchedVersion, JobContext, JobFailure
 
@@ -87,17 +88,21 @@ class Source:
             return Subject(graph=entry)
         return Subject(graph=_in_one_file(entry, scratch))
 
-    def write_bundle(
-        self, subject: Subject, example: torch.Tensor | None, directory: Path
-    ) -> manifest_pb2.Manifest:
+    def form(self) -> Form | None:
+        """Return how callers see its module; None for graphs."""
+        if self.blueprint is None:
+            return None
+        inputs, _ = self.train.batch(np.arange(2, dtype=np.int64) % len(self.train))
+        return Form(self.blueprint, tensors_of(inputs), self.manifest.batching.max_batch_size)
+
+    def write_bundle(self, subject: Subject, directory: Path) -> manifest_pb2.Manifest:
         """Write the bundle of a result: what serves it, and what it can be built again from.
 
         Args:
             subject: What was compressed.
-            example: Two rows for a module, as `export.write_bundle` takes them.
             directory: Empty.
         """
-        manifest = write_bundle(subject, self.manifest, example, directory)
+        manifest = write_bundle(subject, self.manifest, self.form(), directory)
         if self.blueprint is not None:
             # What the answers mean (classes, the length of texts) is said there, too.
             self.blueprint.save(directory)
@@ -211,19 +216,16 @@ def open_source(context: JobContext, work: job_work_pb2.CompressWork, stack: Exi
     blueprint = None
     if is_recipe(version.path):
         blueprint = Blueprint.load(version.path)
-    train = questions_for(version.path, opened.signature, dataset, dataset.train)
+    train = questions_of(opened.signature, dataset, dataset.train, directory=version.path)
     return Source(
         version=version,
         opened=opened,
         blueprint=blueprint,
         dataset=dataset,
         train=train,
-        held_out=questions_for(version.path, opened.signature, dataset, dataset.held_out),
-        rows=gathered(train) if blueprint is not None else TensorRows(torch.zeros(0), torch.zeros(0), _CPU),
+        held_out=questions_of(opened.signature, dataset, dataset.held_out, directory=version.path),
+        rows=gathered(train) if blueprint is not None else no_rows(),
     )
-
-
-_CPU = torch.device("cpu")
 
 
 def _open_dataset(
@@ -242,7 +244,8 @@ def _open_dataset(
     return open_dataset(
         fetched,
         label=parameters.get("label", ""),
-        features=tuple(name for name in parameters.get("features", "").split(",") if name),
+        task=parameters.get("task", ""),
+        features=tuple(json.loads(parameters.get("features", "[]"))),
         held_out=float(parameters.get("held_out", _HELD_OUT)),
         seed=lineage.seed if learnt else work.seed,
         scratch=context.scratch,
@@ -264,6 +267,7 @@ def tools_for(
         rows=source.rows,
         loss=loss_for("classification" if classes else "regression"),
         teacher=teacher,
+        form=source.form(),
         student=source.student,
         seed=work.seed,
         scratch=context.scratch,
@@ -289,7 +293,7 @@ def _teacher(source: Source, context: JobContext, name: str, stack: ExitStack) -
     opened = stack.enter_context(
         open_version(fetched.path, fetched.version.manifest, name=name, devices=context.devices)
     )
-    questions = questions_for(fetched.path, opened.signature, source.dataset, source.dataset.train)
+    questions = questions_of(opened.signature, source.dataset, source.dataset.train, directory=fetched.path)
     return VersionTeacher(name, opened, questions, opened.signature.outputs[0].name)
 
 

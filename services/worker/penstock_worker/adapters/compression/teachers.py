@@ -14,6 +14,9 @@ from penstock_worker.adapters.compression.layers import last_linear, repeated_bl
 from penstock_worker.adapters.measuring.loading import OpenedVersion
 from penstock_worker.adapters.measuring.questions import Questions
 
+# How far sums of probabilities are from 1, and the least of them that is told apart from none.
+_SLACK, _LEAST = 1e-3, 1e-8
+
 
 class Teacher(Protocol):
     """Answers rows that a student learns from.
@@ -68,10 +71,16 @@ class VersionTeacher:
         missing = [row for row in indices.tolist() if row not in self._kept]
         if missing:
             asked, _ = self._questions.batch(np.array(missing, dtype=np.int64))
-            given = self._opened.predict(asked)[self._output]
-            for row, answer in zip(missing, torch.from_numpy(np.array(given, dtype=np.float32)), strict=True):
+            given = torch.from_numpy(np.array(self._opened.predict(asked)[self._output], dtype=np.float32))
+            for row, answer in zip(missing, self._logits(given), strict=True):
                 self._kept[row] = answer
         return torch.stack([self._kept[row] for row in indices.tolist()])
+
+    def _logits(self, given: torch.Tensor) -> torch.Tensor:
+        """Return logits also where a version gives probabilities: their logarithms are such."""
+        if self._questions.classes and given.min() >= 0 and bool((given.sum(-1) - 1).abs().max() < _SLACK):
+            return given.clamp_min(_LEAST).log()
+        return given
 
 
 class Hidden:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from penstock.registry.v1 import manifest_pb2
+from penstock_worker.adapters.compression.export import Form
 from penstock_worker.adapters.compression.fitting import Loss, Plan, Watch, fit
 from penstock_worker.adapters.compression.subject import Subject
 from penstock_worker.adapters.compression.teachers import Teacher
@@ -30,6 +31,7 @@ class Tools:
         rows: The same, as the module takes them.
         loss: What is made small.
         teacher: Opens a version as a teacher; "" is the source.
+        form: How callers see a module; None for graphs.
         student: Builds an untrained model of an architecture with these sizes, for the source's data.
         seed: Of random numbers.
         scratch: A directory for files that need not survive.
@@ -42,6 +44,7 @@ class Tools:
     rows: Rows
     loss: Loss
     teacher: Callable[[str], Teacher]
+    form: Form | None
     student: Callable[[str, Mapping[str, Any]], torch.nn.Module]
     seed: int
     scratch: Path

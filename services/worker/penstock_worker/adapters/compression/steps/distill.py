@@ -90,8 +90,8 @@ def _compare(teacher: Teacher, student: nn.Module, tools: Tools) -> None:
     theirs = teacher.answer(indices, inputs)
     if ours.shape[1:] != theirs.shape[1:]:
         raise JobFailure(
-            f"The teacher {teacher.name} answers a row with {list(theirs.shape[1:])} numbers, the student with "
-            f"{list(ours.shape[1:])}: they must be of the same classes in the same order.",
+            f"The teacher {teacher.name} answers a row with {list(theirs.shape[1:])} numbers, the student "
+            f"with {list(ours.shape[1:])}: they must be of the same classes in the same order.",
             "INVALID_RECIPE",
         )
 

@@ -31,8 +31,7 @@ def apply(subject: Subject, parameters: Mapping[str, Any], tools: Tools) -> Fact
         JobFailure: UNSUPPORTED if the model cannot be an ONNX graph, or there is nothing in it to quantize.
     """
     plain, target = tools.scratch / "plain.onnx", tools.scratch / "quantized.onnx"
-    example = tools.example() if subject.graph is None else None
-    onnx_of(subject, tools.manifest, example, plain)
+    onnx_of(subject, tools.manifest, tools.form, plain)
     quantization.prepare(plain)
     scheme = parameters["scheme"]
     if scheme == "dynamic_int8":
