@@ -20,6 +20,8 @@ from penstock_cli.output import print_table, size
 
 _WIDTH, _HEIGHT = 78, 18
 _STEPS_SHOWN = 80
+# Where the colours end: what loses more is of no use, and small differences are to be seen.
+_MOST_LOSS = 0.03
 _REPAIR = re.compile(r"(?:, )?(?:repair_epochs|epochs|learning_rate)=[0-9.e-]+")
 
 
@@ -187,13 +189,13 @@ def plot_front(report: Mapping[str, Any], path: Path) -> Path:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
         raise FailedPrecondition("A picture needs matplotlib: pip install matplotlib.") from error
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     metric = str(report.get("metric", "metric"))
-    worst = max(0.02, *(abs(row.metric_loss) for row in rows if row.front or row.recommended))
     points = None
     for chosen, filled in (
         ([row for row in rows if not row.front and not row.recommended], False),
@@ -205,13 +207,13 @@ def plot_front(report: Mapping[str, Any], path: Path) -> Path:
             [100 * row.size_ratio for row in chosen],
             [row.speed_up for row in chosen],
             c=[row.metric_loss for row in chosen],
-            cmap="RdYlGn_r",
-            vmin=-worst,
-            vmax=worst,
+            cmap="coolwarm",
+            vmin=-_MOST_LOSS,
+            vmax=_MOST_LOSS,
             s=90 if filled else 30,
-            edgecolors="black" if filled else "none",
+            edgecolors="black" if filled else "gray",
             linewidths=[2.5 if row.recommended else 0.8 for row in chosen],
-            alpha=1.0 if filled else 0.45,
+            alpha=1.0 if filled else 0.6,
             zorder=3 if filled else 2,
         )
         points = drawn if filled else points
@@ -228,15 +230,16 @@ def plot_front(report: Mapping[str, Any], path: Path) -> Path:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis, text in ((axes.xaxis, "{x:g} %"), (axes.yaxis, "{x:g} ×")):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+        axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(text)
-        axis.set_minor_formatter(text)
     axes.tick_params(which="both", labelsize=8)
     axes.set_xlabel("size, of the source's")
     axes.set_ylabel("rows a second, of the source's")
     axes.grid(visible=True, which="both", alpha=0.2)
     axes.set_title(f"Compression: {len(rows) - 1} candidates, {sum(row.front for row in rows)} on the front")
     if points is not None:
-        figure.colorbar(points, ax=axes, label=f"{metric} lost (green: gained)")
+        figure.colorbar(points, ax=axes, label=f"{metric} lost (blue: gained)")
     figure.savefig(path, dpi=150)
     return path
 
