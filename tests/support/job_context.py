@@ -25,6 +25,7 @@ from google.protobuf import json_format
 
 from penstock.registry.v1 import artifact_pb2, manifest_pb2, version_pb2
 from penstock.scheduler.v1 import job_pb2
+from penstock_worker.domain.runtime import Mesh
 from penstock_worker.usecases.job_context import FetchedDataset, FetchedVersion, JobFailure, Stopped
 
 # Exit codes of a rank.
@@ -119,6 +120,7 @@ class FileJobContext:
         self._last_checkpoint = time.monotonic()
         self._stop = root / "stop"
         self.allowed = False
+        self.mesh: Mesh | None = None
 
     @property
     def job(self) -> job_pb2.Job:

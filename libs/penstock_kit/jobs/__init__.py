@@ -11,6 +11,7 @@ from typing import Any
 
 from penstock.scheduler.v1 import job_pb2
 from penstock_kit.errors import InvalidArgument
+from penstock_kit.jobs.batch_predict import check as check_batch_predict
 from penstock_kit.jobs.compress import check as check_compress
 from penstock_kit.jobs.convert import check as check_convert
 from penstock_kit.jobs.measure import check_evaluate, check_profile
@@ -23,6 +24,7 @@ _CHECKS: Mapping[str, Callable[[Any], None]] = {
     "convert": check_convert,
     "evaluate": check_evaluate,
     "profile": check_profile,
+    "batch_predict": check_batch_predict,
 }
 
 
@@ -43,7 +45,6 @@ def check(job: job_pb2.Job) -> None:
             "batch_predict.",
             metadata={"field": "job.work"},
         )
-    if kind in _CHECKS:
-        _CHECKS[kind](getattr(job, kind))
+    _CHECKS[kind](getattr(job, kind))
     if kind == "train" and job.train.WhichOneof("way") == "recipe":
         check_ranks(job)

@@ -277,6 +277,8 @@ def _host_policy(settings: WorkerSettings, capacity: Capacity) -> HostPolicy:
         allow_compiled_models=settings.allow_compiled_models,
         processor=processor,
         nice=settings.worker_job_nice,
+        redis_url=settings.redis_url,
+        scheduler_address=settings.scheduler_address,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from penstock.registry.v1 import artifact_pb2, manifest_pb2, version_pb2
 from penstock.scheduler.v1 import job_pb2
 from penstock_kit.errors import PenstockError
+from penstock_worker.domain.runtime import Mesh
 
 
 class JobFailure(PenstockError):
@@ -96,6 +97,10 @@ class JobContext(Protocol):
     @property
     def threads(self) -> int:
         """Threads that this rank may compute with."""
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Where deployments are called; only for the kind BATCH_PREDICT, which runs no user's code."""
 
     @property
     def allow_python_runtime(self) -> bool:

@@ -11,7 +11,7 @@ from penstock.scheduler.v1 import job_pb2
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LauncherConfig:
-    """All that a launcher and its ranks know of the mesh; no address of a service is among it."""
+    """All that a launcher and its ranks know of the mesh. Addresses are for batch predictions only."""
 
     task: str
     """jobs/{job}/tasks/{task}."""
@@ -52,6 +52,9 @@ class LauncherConfig:
     allow_python_runtime: bool = False
     allow_compiled_models: bool = False
     nice: int = 10
+    redis_url: str = ""
+    """Where the queues of deployments are; empty but for the kind that calls them, as the next."""
+    scheduler_address: str = ""
 
     @property
     def job(self) -> job_pb2.Job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from penstock.scheduler.v1 import job_pb2
 from penstock_kit.errors import InvalidArgument
 from penstock_worker.adapters.jobs.config import LauncherConfig
 from penstock_worker.adapters.jobs.line import Line
+from penstock_worker.domain.runtime import Mesh
 from penstock_worker.usecases.job_context import FetchedDataset, FetchedVersion, JobFailure
 
 CHECKPOINT_SECONDS = 30.0
@@ -86,6 +88,15 @@ class RankContext:
     def threads(self) -> int:
         """See `JobContext`."""
         return self.config.threads
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """See `JobContext`."""
+        if not self.config.redis_url:
+            return None
+        # No two processes may share a name: answers come to it.
+        name = f"job-{self._job.name.rpartition('/')[2]}-{secrets.token_hex(6)}"
+        return Mesh(self.config.redis_url, self.config.scheduler_address, name)
 
     @property
     def allow_python_runtime(self) -> bool:

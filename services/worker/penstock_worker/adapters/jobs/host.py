@@ -28,6 +28,8 @@ from penstock_worker.usecases.ports import BundleStore, Devices
 
 log = logging.getLogger(__name__)
 
+# The kind of work that calls deployments; it runs no code of users, from whom addresses are kept.
+CALLING_KIND = "batch_predict"
 LAUNCHER_ENTRY = "penstock_worker.adapters.jobs.launcher:run_launcher"
 
 
@@ -45,6 +47,8 @@ class HostPolicy:
         allow_compiled_models: Versions with compiled code may be opened likewise.
         processor: The maker's name of the processor.
         nice: How much the processes of jobs step back behind replicas.
+        redis_url: Where the queues of deployments are, for batch predictions.
+        scheduler_address: Who knows the routes, likewise.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +60,8 @@ class HostPolicy:
     allow_compiled_models: bool = False
     processor: str = ""
     nice: int = 10
+    redis_url: str = ""
+    scheduler_address: str = ""
 
 
 class TaskRoom:
@@ -291,6 +297,8 @@ class TaskHost:
             allow_python_runtime=self._policy.allow_python_runtime,
             allow_compiled_models=self._policy.allow_compiled_models,
             nice=self._policy.nice,
+            redis_url=self._policy.redis_url if desired.kind == CALLING_KIND else "",
+            scheduler_address=self._policy.scheduler_address if desired.kind == CALLING_KIND else "",
         )
         return await self._forks.start_program(
             f"{desired.name}.{secrets.token_hex(4)}",

@@ -1,0 +1,1 @@
+"""A whole dataset, answered by a deployment at low priority."""
