@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import plotext
 from google.protobuf.json_format import MessageToDict
@@ -13,10 +14,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from penstock.errors import InvalidArgument
 from penstock.jobs import job_ended, job_kind, job_state
 from penstock.names import short
 from penstock.scheduler.v1 import job_pb2
 from penstock_cli.output import ago, console, pairs, print_facts, print_table, say, size
+from penstock_cli.plots import has_front, plot_front, print_front
 
 _STYLES = {"SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "red"}
 _LOG_LINES = 6
@@ -106,6 +109,48 @@ def show_job(job: job_pb2.Job) -> None:
             ),
             empty="",
         )
+    print_report(job)
+
+
+def print_report(job: job_pb2.Job) -> None:
+    """Print what a job found."""
+    report = MessageToDict(job.report)
+    if not report:
+        return
+    say("")
+    if has_front(report):
+        print_front(report)
+        return
+    points = report.pop("points", None)
+    print_facts(_flat({key: value for key, value in report.items() if key != "kind"}))
+    if isinstance(points, list):
+        say("")
+        print_table(
+            ("ROWS#", "P50#", "P99#", "ROWS/S#"),
+            (
+                (
+                    f"{point['batch_size']:g}",
+                    f"{point['p50_seconds'] * 1e3:.3g} ms",
+                    f"{point['p99_seconds'] * 1e3:.3g} ms",
+                    f"{point['rows_per_second']:,.0f}",
+                )
+                for point in points
+            ),
+            empty="",
+        )
+
+
+def draw_report(job: job_pb2.Job, path: Path) -> None:
+    """Draw what a compression tried as a picture.
+
+    Raises:
+        InvalidArgument: The job tried nothing, or the name ends in no format that is known.
+        FailedPrecondition: matplotlib is not installed.
+    """
+    report = MessageToDict(job.report)
+    if not has_front(report):
+        raise InvalidArgument(f"{short(job.name)} has no candidates to draw; compressions that SUCCEEDED do.")
+    say(f"Drawn to {plot_front(report, path)}.")
 
 
 def job_view(job: job_pb2.Job, account: Account) -> RenderableType:
@@ -193,11 +238,6 @@ def result_text(name: str) -> str:
     return f"{parts[1]}:{parts[3]}" if len(parts) == 4 else name
 
 
-def size_text(count: float) -> str:
-    """Return bytes as people read them."""
-    return size(round(count))
-
-
 def _attempt(job: job_pb2.Job) -> str:
     if job.attempt < 2:
         return ""
@@ -230,4 +270,10 @@ def _flat(tree: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, o
             for place, each in enumerate(value, start=1):
                 yield from _flat(each, f"{prefix}{key}.{place}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}", _fact(key, value)
+
+
+def _fact(key: str, value: object) -> object:
+    if not isinstance(value, float):
+        return value
+    return size(round(value)) if key.endswith("_bytes") else f"{value:.6g}"

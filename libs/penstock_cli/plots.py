@@ -18,6 +18,8 @@ from rich.text import Text
 from penstock.errors import FailedPrecondition, InvalidArgument
 from penstock_cli.output import print_table, size
 
+PICTURES = (".svg", ".png", ".pdf")
+"""What a picture may be."""
 _WIDTH, _HEIGHT = 78, 18
 _STEPS_SHOWN = 80
 # Where the colours end: what loses more is of no use, and small differences are to be seen.
@@ -184,8 +186,8 @@ def plot_front(report: Mapping[str, Any], path: Path) -> Path:
         InvalidArgument: It is no report of a compression, or the name ends in no format that is known.
     """
     rows = front_rows(report)
-    if path.suffix not in {".svg", ".png", ".pdf"}:
-        raise InvalidArgument(f"{path.name} must end in .svg, .png or .pdf.")
+    if path.suffix not in PICTURES:
+        raise InvalidArgument(f"{path.name} must end in {', '.join(PICTURES)}.")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

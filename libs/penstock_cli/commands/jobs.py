@@ -17,7 +17,7 @@ from penstock.scheduler.v1 import job_pb2, job_service_pb2
 from penstock_cli.commands.models import Yes, confirm, report_deleted
 from penstock_cli.following import WATCH_SECONDS, follow, raise_if_not_succeeded
 from penstock_cli.groups import listing_group
-from penstock_cli.job_views import jobs_table, print_curves, show_job
+from penstock_cli.job_views import draw_report, jobs_table, print_curves, show_job
 from penstock_cli.output import print_json, print_table, say
 from penstock_cli.session import ENDPOINT, Endpoint, Json, Limit, connect, nearest
 
@@ -50,7 +50,14 @@ def list_jobs(
 
 
 @jobs.command("show")
-def show(name: Name, endpoint: Endpoint = ENDPOINT, json: Json = False) -> None:
+def show(
+    name: Name,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw what a compression tried, too.")
+    ] = None,
+    endpoint: Endpoint = ENDPOINT,
+    json: Json = False,
+) -> None:
     """Show a job: what it does, where it stands, what it found."""
     with connect(endpoint) as client:
         job = client.get_job(name)
@@ -58,6 +65,8 @@ def show(name: Name, endpoint: Endpoint = ENDPOINT, json: Json = False) -> None:
         print_json(job)
     else:
         show_job(job)
+    if plot is not None:
+        draw_report(job, plot)
 
 
 @jobs.command("watch")

@@ -10,10 +10,12 @@ import typer
 from penstock.errors import InvalidArgument, NotFound, Reason
 from penstock.names import check_id, resource
 from penstock.registry.v1 import artifact_pb2, gate_pb2
-from penstock.scheduler.v1 import job_work_pb2
+from penstock.scheduler.v1 import job_pb2, job_work_pb2
 from penstock_cli.following import submit
 from penstock_cli.job_options import JobOptions, structured, with_job_options
+from penstock_cli.job_views import draw_report, show_job
 from penstock_cli.options import numbers, seconds
+from penstock_cli.plots import PICTURES
 from penstock_cli.session import connect
 
 Dataset = Annotated[
@@ -221,6 +223,10 @@ def compress(
     deployment: Annotated[
         str, typer.Option("--deploy", metavar="DEPLOYMENT", help="Gets the result as a canary.")
     ] = "",
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.svg", help="Draw what was tried: size, throughput, what was lost."),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Make a version smaller and faster, and say what it costs."""
@@ -243,7 +249,12 @@ def compress(
             work.search.budget.FromNanoseconds(round(seconds("--budget", budget) * 1e9))
     job = options.job()
     job.compress.CopyFrom(work)
-    submit(job, options)
+    if plot is not None and (options.detach or plot.suffix not in PICTURES):
+        raise InvalidArgument(
+            f"--plot {plot}: it must end in {', '.join(PICTURES)}, and goes without --detach; "
+            "`penstock jobs show JOB --plot` draws it later."
+        )
+    submit(job, options, then=lambda ended: _show_compression(ended, plot))
 
 
 @with_job_options
@@ -352,6 +363,12 @@ def _push_program(endpoint: str, model: str, directory: Path) -> str:
             f"{check_id('model', model)}-code", artifact_pb2.ARTIFACT_KIND_CODE, directory, files
         )
     return pushed.name
+
+
+def _show_compression(job: job_pb2.Job, plot: Path | None) -> None:
+    show_job(job)
+    if plot is not None:
+        draw_report(job, plot)
 
 
 def compression_step(text: str) -> job_work_pb2.CompressionStep:
