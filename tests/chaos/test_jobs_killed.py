@@ -1,0 +1,112 @@
+"""kill -9 of anything while a model is trained: the job SUCCEEDS as if nothing had been, and repeats little."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import penstock
+from penstock.scheduler.v1 import job_pb2
+from support.agent_world import children_of
+from support.mesh_process import Mesh
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(180)]
+
+INTERVAL_SECONDS = 1
+EPOCHS = 40
+ACCURACY = 0.97
+ENDED = {job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED}
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    with Mesh(tmp_path_factory.mktemp("mesh") / "data", durable=True) as mesh:
+        with penstock.Client(mesh.address) as client:
+            client.push_dataset("sklearn:digits", name="digits")
+        yield mesh
+
+
+@pytest.fixture
+def client(mesh: Mesh) -> Iterator[penstock.Client]:
+    with penstock.Client(mesh.address) as client:
+        yield client
+
+
+def training(ranks: int) -> job_pb2.Job:
+    job = job_pb2.Job(ranks_per_node=ranks)
+    job.train.dataset, job.train.model = "digits", "models/digits"
+    job.train.seed = 1
+    job.train.recipe.epochs = EPOCHS
+    job.train.checkpoint_interval.seconds = INTERVAL_SECONDS
+    job.resources.cpu_millis, job.resources.memory_bytes = 500, 512 << 20
+    return job
+
+
+def launcher(mesh: Mesh, job: job_pb2.Job) -> int:
+    return int(job.tasks[0].pid)
+
+
+def rank(mesh: Mesh, job: job_pb2.Job) -> int:
+    """A rank: of all that a launcher has started, what the kernel would end first."""
+    ranks = [
+        pid for pid in children_of(job.tasks[0].pid) if Path(f"/proc/{pid}/oom_score_adj").read_text() == "800\n"
+    ]
+    return ranks[-1]
+
+
+def unit(name: str) -> Callable[[Mesh, job_pb2.Job], int]:
+    return lambda mesh, job: mesh.pid(name)
+
+
+def half_way(mesh: Mesh, client: penstock.Client, name: str) -> job_pb2.Job:
+    """Wait until a job has done a third of its work, and has a checkpoint."""
+    found = [client.get_job(name)]
+
+    def reached() -> bool:
+        found[0] = client.get_job(name)
+        assert found[0].state not in ENDED, found[0].message
+        done = found[0].progress.done > found[0].progress.total / 3 > 0
+        return done and any(e.HasField("checkpoint") for e in client.list_job_events(name))
+
+    mesh.wait(reached, "a third of the job is done", 60)
+    return found[0]
+
+
+def repeated(events: list[job_pb2.JobEvent]) -> list[tuple[int, int]]:
+    """For each time that the work went back: (the last checkpoint before, where it went on)."""
+    found, checkpoint, done = [], 0, 0
+    for event in events:
+        if event.HasField("checkpoint"):
+            checkpoint = max(checkpoint, event.checkpoint.step)
+        elif event.HasField("progress") and event.progress.total:
+            if event.progress.done < done:
+                found.append((checkpoint, event.progress.done))
+            done = event.progress.done
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "victim",
+    [rank, launcher, *(unit(name) for name in ("worker-1", "scheduler", "registry", "redis", "postgres"))],
+    ids=["rank", "launcher", "agent", "scheduler", "registry", "redis", "postgres"],
+)
+def test_a_training_survives_the_end_of_anything_and_repeats_no_more_than_an_interval(
+    mesh: Mesh, client: penstock.Client, victim: Callable[[Mesh, job_pb2.Job], int], ranks: int
+) -> None:
+    job = client.create_job(training(ranks))
+    os.kill(victim(mesh, half_way(mesh, client, job.name)), signal.SIGKILL)
+    began = time.monotonic()
+    done = client.watch_job(job.name, timeout=120)
+    print(f"ended {time.monotonic() - began:.1f} s after the kill, in attempt {done.attempt}: {done.message}")
+    assert done.state == job_pb2.JOB_STATE_SUCCEEDED, f"{done.failure_reason}: {done.message}\n{mesh.logs()}"
+    assert done.metrics["held_out/accuracy"] >= ACCURACY
+    assert [client.get_version(name).state for name in done.results] == [2]
+    events = client.list_job_events(job.name)
+    for checkpoint, gone_on in repeated(events):
+        assert gone_on >= checkpoint
