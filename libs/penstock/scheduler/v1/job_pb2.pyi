@@ -36,13 +36,15 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     JOB_STATE_QUEUED: _JobState.ValueType  # 1
     """Waiting for a place, or for its turn after a restart; the message says what lacks. Next: STARTING, CANCELLED."""
     JOB_STATE_STARTING: _JobState.ValueType  # 2
-    """Placed; its processes start and form their group. Next: RUNNING, STOPPING, QUEUED, FAILED."""
+    """Placed; its processes start and form their group. Next: RUNNING, FINALIZING, STOPPING."""
     JOB_STATE_RUNNING: _JobState.ValueType  # 3
-    """It works. Next: FINALIZING, STOPPING, QUEUED, FAILED."""
+    """It works. Next: FINALIZING, STOPPING."""
     JOB_STATE_FINALIZING: _JobState.ValueType  # 4
     """Its work is done and its results are being made final; it cannot be cancelled any more. Next: SUCCEEDED, FAILED."""
     JOB_STATE_STOPPING: _JobState.ValueType  # 5
-    """Its processes write a checkpoint and end, because it was cancelled or must make room. Next: CANCELLED, QUEUED."""
+    """Its processes end: it was cancelled, failed, lost a node, or writes a checkpoint to make room. Next: CANCELLED,
+    FAILED, QUEUED, FINALIZING.
+    """
     JOB_STATE_SUCCEEDED: _JobState.ValueType  # 6
     """Its results are READY. Next: none."""
     JOB_STATE_FAILED: _JobState.ValueType  # 7
@@ -58,13 +60,15 @@ JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
 JOB_STATE_QUEUED: JobState.ValueType  # 1
 """Waiting for a place, or for its turn after a restart; the message says what lacks. Next: STARTING, CANCELLED."""
 JOB_STATE_STARTING: JobState.ValueType  # 2
-"""Placed; its processes start and form their group. Next: RUNNING, STOPPING, QUEUED, FAILED."""
+"""Placed; its processes start and form their group. Next: RUNNING, FINALIZING, STOPPING."""
 JOB_STATE_RUNNING: JobState.ValueType  # 3
-"""It works. Next: FINALIZING, STOPPING, QUEUED, FAILED."""
+"""It works. Next: FINALIZING, STOPPING."""
 JOB_STATE_FINALIZING: JobState.ValueType  # 4
 """Its work is done and its results are being made final; it cannot be cancelled any more. Next: SUCCEEDED, FAILED."""
 JOB_STATE_STOPPING: JobState.ValueType  # 5
-"""Its processes write a checkpoint and end, because it was cancelled or must make room. Next: CANCELLED, QUEUED."""
+"""Its processes end: it was cancelled, failed, lost a node, or writes a checkpoint to make room. Next: CANCELLED,
+FAILED, QUEUED, FINALIZING.
+"""
 JOB_STATE_SUCCEEDED: JobState.ValueType  # 6
 """Its results are READY. Next: none."""
 JOB_STATE_FAILED: JobState.ValueType  # 7
@@ -572,7 +576,9 @@ class ObservedTask(_message.Message):
     """Optional. Number of the last event it has sent."""
     @_builtins.property
     def results(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Optional. SUCCEEDED, task 0 only: what it made, complete but not final: versions and artifacts in UPLOADING."""
+        """Optional. What it made, complete but not final: versions and artifacts in UPLOADING. The job's results are those
+        of task 0 when it SUCCEEDED; all others are deleted when the job has ended.
+        """
 
     @_builtins.property
     def report(self) -> _struct_pb2.Struct:
