@@ -13,14 +13,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from penstock.packaging.skops_types import load_skops
 from penstock_kit.errors import FailedPrecondition, InvalidArgument, Reason
-from penstock_kit.oip import Array
+from penstock_kit.oip import Array, Signature
 from penstock_worker.domain.runtime import Batch, Bundle, Servable
 
 if importlib.util.find_spec("skops") is None:
@@ -68,7 +68,7 @@ class SklearnRuntime:
             model = load_skops(bundle.entrypoint)
         except InvalidArgument as error:
             raise FailedPrecondition(error.message, reason=error.reason) from error
-        return SklearnServable(model, _methods(model, bundle))
+        return SklearnServable(model, methods_of(model, bundle.signature, bundle.parameters))
 
 
 class SklearnServable:
@@ -104,9 +104,14 @@ class SklearnServable:
         self._model = None
 
 
-def _methods(model: Any, bundle: Bundle) -> dict[str, str]:
-    named = _parse(bundle.parameters.get("outputs", ""))
-    outputs = bundle.signature.outputs
+def methods_of(model: Any, signature: Signature, parameters: Mapping[str, str]) -> dict[str, str]:
+    """Return which method of a model gives each output.
+
+    Raises:
+        FailedPrecondition: LOAD_FAILED: it cannot give one of them.
+    """
+    named = _parse(parameters.get("outputs", ""))
+    outputs = signature.outputs
     methods: dict[str, str] = {}
     for spec in outputs:
         method = named.get(spec.name) or _METHODS.get(spec.name)

@@ -141,8 +141,8 @@ def _load_compiled(bundle: Bundle, device: torch.device) -> Callable[..., Any]:
     made_for, here = bundle.parameters.get(COMPILED_FOR, ""), compiled_for(device)
     if made_for != here:
         raise FailedPrecondition(
-            f"{bundle.entrypoint.name} was compiled for {made_for or 'a machine that nobody named'}, and this "
-            f"is {here}. Convert its source again on such a machine, or keep it off this node by labels.",
+            f"{bundle.entrypoint.name} was compiled for {made_for or 'an unnamed machine'}, and this is "
+            f"{here}. Convert its source again on such a machine, or keep it off this node by labels.",
             reason=Reason.LOAD_FAILED,
         )
     model: Callable[..., Any] = torch._inductor.aoti_load_package(
