@@ -17,7 +17,7 @@ from torch import nn
 CHANGES_FILE = "changes.json"
 
 Change = dict[str, Any]
-"""{"change": "keep_blocks", "container": name, "kept": [child, …]}, or
+"""{"change": "drop_blocks", "container": name, "dropped": [child, …]}, or
 {"change": "low_rank", "ranks": {layer: rank}}, or
 {"change": "shapes"}: layers have the widths of the stored tensors, or
 {"change": "student", "architecture": name, "parameters": {…}}: another recipe from here on."""
@@ -39,8 +39,8 @@ def apply_changes(
     """
     for change in changes:
         kind = change["change"]
-        if kind == "keep_blocks":
-            keep_blocks(module, change["container"], change["kept"])
+        if kind == "drop_blocks":
+            drop_blocks(module, change["container"], change["dropped"])
         elif kind == "low_rank":
             for name, rank in change["ranks"].items():
                 split_linear(module, name, int(rank))
@@ -51,17 +51,19 @@ def apply_changes(
     return module
 
 
-def keep_blocks(module: nn.Module, container: str, kept: Sequence[str]) -> None:
-    """Leave only some children of a container, which keep their names unless it is a list.
+def drop_blocks(module: nn.Module, container: str, dropped: Sequence[str]) -> Change:
+    """Take some children out of a container; the others keep their names unless it is a list.
 
     Args:
         module: The whole model.
         container: Name of the part that holds the blocks; "" is the model itself.
-        kept: Names of the children that stay.
+        dropped: Names of the children that go.
+
+    Returns:
+        The change.
     """
     parent = module.get_submodule(container)
-    wanted = set(kept)
-    for name in [name for name, _ in parent.named_children() if name not in wanted]:
+    for name in dropped:
         del parent._modules[name]
     if isinstance(parent, nn.ModuleList):
         # A list counts its children from 0.
@@ -72,6 +74,7 @@ def keep_blocks(module: nn.Module, container: str, kept: Sequence[str]) -> None:
     # torch's own encoders count their layers beside the list.
     if isinstance(getattr(owner, "num_layers", None), int):
         owner.num_layers = len(list(parent.children()))
+    return {"change": "drop_blocks", "container": container, "dropped": list(dropped)}
 
 
 def split_linear(module: nn.Module, name: str, rank: int) -> nn.Sequential:

@@ -17,7 +17,7 @@ from torch import nn
 
 from penstock_worker.adapters.compression.fitting import Plan, fit
 from penstock_worker.adapters.compression.layers import parameters_of, repeated_blocks
-from penstock_worker.adapters.compression.structure import copy_of, keep_blocks
+from penstock_worker.adapters.compression.structure import copy_of, drop_blocks
 from penstock_worker.adapters.compression.subject import Subject
 from penstock_worker.adapters.compression.teachers import Hidden, Teacher, pairs
 from penstock_worker.adapters.compression.tools import Facts, Tools
@@ -75,9 +75,8 @@ def _student(subject: Subject, module: nn.Module, parameters: Mapping[str, Any],
         raise JobFailure(f"The model has {count} blocks; {keep} cannot be kept.", "INVALID_RECIPE")
     if keep < count:
         places = torch.linspace(0, count - 1, keep).round().long().tolist() if keep > 1 else [0]
-        kept = [blocks.names[place] for place in places]
-        keep_blocks(student, blocks.container, kept)
-        subject.changes.append({"change": "keep_blocks", "container": blocks.container, "kept": kept})
+        dropped = [name for place, name in enumerate(blocks.names) if place not in places]
+        subject.changes.append(drop_blocks(student, blocks.container, dropped))
     return student
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from penstock_worker.adapters.compression.fitting import mean_loss
 from penstock_worker.adapters.compression.layers import Blocks, parameters_of, repeated_blocks
-from penstock_worker.adapters.compression.structure import keep_blocks
+from penstock_worker.adapters.compression.structure import drop_blocks
 from penstock_worker.adapters.compression.subject import Subject
 from penstock_worker.adapters.compression.tools import Facts, Tools
 from penstock_worker.usecases.job_context import JobFailure
@@ -37,8 +37,8 @@ def apply(subject: Subject, parameters: Mapping[str, Any], tools: Tools) -> Fact
         kept = _by_similarity(module, blocks, parameters["layers"], indices, tools)
     else:
         kept = _by_loss(module, blocks, parameters["layers"], indices, tools)
-    keep_blocks(module, blocks.container, kept)
-    subject.changes.append({"change": "keep_blocks", "container": blocks.container, "kept": kept})
+    dropped = [name for name in blocks.names if name not in kept]
+    subject.changes.append(drop_blocks(module, blocks.container, dropped))
     tools.log(f"Kept the blocks {', '.join(kept)} of {', '.join(blocks.names)}.")
     facts = tools.repair(subject, parameters, "drop_layers")
     return {**facts, "blocks": float(len(kept)), "parameters": parameters_of(module) / before}
