@@ -99,6 +99,19 @@ class BlobStore:
             await obstore.put_async(self._store, self.path_of(sha256), file)
             await in_thread(file.unlink, missing_ok=True)
 
+    async def delete(self, sha256: str) -> None:
+        """Remove a blob; one that is not there is none.
+
+        Raises:
+            Unavailable: The store cannot be reached.
+        """
+        try:
+            await obstore.delete_async(self._store, self.path_of(sha256))
+        except FileNotFoundError:
+            return
+        except (BaseError, OSError) as error:
+            raise translate_storage(error) from error
+
     async def read(self, sha256: str, size: int, *, offset: int = 0) -> AsyncIterator[bytes]:
         """Yield the bytes from `offset` on, in chunks of at most 1 MiB, and check all of them.
 

@@ -22,7 +22,7 @@ from penstock_kit.errors import (
 )
 from penstock_kit.rpc import open_channel
 from support.artifact_caller import ArtifactCaller
-from support.registry_world import Registry, running_registry, sha256
+from support.registry_world import Registry, running_registry, sha256, skops_bytes
 
 READY = artifact_pb2.ARTIFACT_STATE_READY
 UPLOADING = artifact_pb2.ARTIFACT_STATE_UPLOADING
@@ -201,6 +201,40 @@ async def test_what_was_deleted_is_gone_everywhere(artifacts: ArtifactCaller) ->
     with pytest.raises(NotFound):
         await artifacts.download(pushed.name, "data.npz")
     assert await artifacts.list() == []
+
+
+async def test_deleting_gives_back_the_space_of_what_nothing_else_needs(
+    registry: Registry, artifacts: ArtifactCaller
+) -> None:
+    own, shared, bundled = BIG, BIG[1:], skops_bytes()
+    first = await artifacts.push("a", {"own": own, "shared": shared, "bundled": bundled}, format="text")
+    second = await artifacts.create("b", {"shared": shared}, format="text")
+    await registry.caller.push("model", {"model.skops": bundled})
+    await artifacts.delete(first.name)
+    assert not registry.blob(own).exists()
+    # What is only announced counts, too.
+    assert registry.blob(shared).exists()
+    assert registry.blob(bundled).exists()
+    assert (await artifacts.finalize(second.name)).state == READY
+    await artifacts.delete(second.name)
+    assert not registry.blob(shared).exists()
+    again = await artifacts.create("c", {"own": own}, format="text")
+    assert again.files[0].received_bytes == 0
+    await artifacts.upload(again.name, "own", own)
+    await artifacts.finalize(again.name)
+    assert await artifacts.download(again.name, "own") == own
+
+
+async def test_pushing_and_deleting_the_same_contents_at_once_never_loses_any(
+    artifacts: ArtifactCaller,
+) -> None:
+    async def cycle(name: str) -> None:
+        for _ in range(6):
+            pushed = await artifacts.push(name, {"data.npz": BIG})
+            assert await artifacts.download(pushed.name, "data.npz", offset=len(BIG) - 9) == BIG[-9:]
+            await artifacts.delete(pushed.name)
+
+    await asyncio.gather(*(cycle(f"d{number}") for number in range(4)))
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

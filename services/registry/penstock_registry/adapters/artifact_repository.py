@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from penstock_kit.errors import FailedPrecondition, NotFound, Reason
 from penstock_kit.names import artifact_name
 from penstock_registry.adapters.lists import paged
+from penstock_registry.adapters.repositories import hold_blobs
 from penstock_registry.adapters.rows import ArtifactFileRow, ArtifactRow, ArtifactVersionRow, BlobRow
 from penstock_registry.domain.artifact import Artifact, ArtifactKind, ArtifactState
 from penstock_registry.domain.files import BundleFile
@@ -54,6 +55,7 @@ class ArtifactRepository:
                 for f in artifact.files
             ],
         )
+        await hold_blobs(self._session, (file.sha256 for file in artifact.files))
         return uid
 
     async def get(self, artifact: str, number: int, *, lock: bool = False) -> Artifact:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, delete, func, select, update
@@ -10,7 +11,17 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from penstock_kit.errors import AlreadyExists, InvalidArgument, NotFound, Reason
 from penstock_registry.adapters.lists import model_condition, paged, sort_key
-from penstock_registry.adapters.rows import AliasRow, BlobRow, ModelRow, RequestRow, VersionRow
+from penstock_registry.adapters.rows import (
+    AliasRow,
+    ArtifactFileRow,
+    ArtifactVersionRow,
+    BlobRow,
+    FileRow,
+    ModelRow,
+    RequestRow,
+    VersionRow,
+)
+from penstock_registry.domain.artifact import ArtifactState
 from penstock_registry.domain.model import Alias, Model
 from penstock_registry.domain.query import Cursor, Query
 from penstock_registry.domain.version import VersionState
@@ -197,6 +208,39 @@ class BlobRepository:
     async def remove(self, sha256: str) -> None:
         """Forget a blob."""
         await self._session.execute(delete(BlobRow).where(BlobRow.sha256 == sha256))
+
+    async def lock_unused(self, sha256s: Sequence[str]) -> list[str]:
+        """Return blobs that nothing needs."""
+        # Whoever announces contents holds the rows of those that are stored (`hold_blobs`): this waits for
+        # that, and the statement after it sees what was announced.
+        held = await self._session.scalars(
+            select(BlobRow.sha256)
+            .where(BlobRow.sha256.in_(sha256s))
+            .order_by(BlobRow.sha256)
+            .with_for_update()
+        )
+        locked = list(held)
+        needed = await self._session.scalars(
+            select(FileRow.sha256)
+            .join(VersionRow, VersionRow.uid == FileRow.version_uid)
+            .where(FileRow.sha256.in_(locked), VersionRow.state != VersionState.DELETED)
+            .union(
+                select(ArtifactFileRow.sha256)
+                .join(ArtifactVersionRow, ArtifactVersionRow.uid == ArtifactFileRow.version_uid)
+                .where(ArtifactFileRow.sha256.in_(locked), ArtifactVersionRow.state != ArtifactState.DELETED)
+            )
+        )
+        return sorted(set(locked) - set(needed))
+
+
+async def hold_blobs(session: AsyncSession, sha256s: Iterable[str]) -> None:
+    """Keep those blobs that are stored from being collected until the end of the transaction."""
+    await session.execute(
+        select(BlobRow.sha256)
+        .where(BlobRow.sha256.in_(sorted(set(sha256s))))
+        .order_by(BlobRow.sha256)
+        .with_for_update(read=True, key_share=True)
+    )
 
 
 def _model_sort_key(query: Query) -> ColumnElement[Any]:

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from penstock_kit.errors import NotFound, Reason
 from penstock_kit.names import version_name
 from penstock_registry.adapters.lists import paged, sort_key, version_condition
+from penstock_registry.adapters.repositories import hold_blobs
 from penstock_registry.adapters.rows import AliasRow, BlobRow, FileRow, ModelRow, ParentRow, VersionRow
 from penstock_registry.domain.files import BundleFile
 from penstock_registry.domain.manifest import Manifest
@@ -87,6 +88,7 @@ class VersionRepository:
                 for f in version.files
             ],
         )
+        await hold_blobs(self._session, (file.sha256 for file in version.files))
         if parents:
             await self._session.execute(
                 insert(ParentRow), [{"version_uid": uid, "parent_uid": parent} for parent in parents]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
+from penstock_kit.errors import Unavailable
 from penstock_registry.domain.artifact import (
     Artifact,
     ArtifactKind,
@@ -18,6 +20,8 @@ from penstock_registry.domain.query import Query
 from penstock_registry.usecases import files
 from penstock_registry.usecases.models import claim, fingerprint
 from penstock_registry.usecases.ports import Ports
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,7 @@ async def download(ports: Ports, artifact: str, number: int, path: str, offset: 
 async def delete_artifact(ports: Ports, artifact: str, number: int) -> None:
     """Any state → DELETED, also of a dataset that a version was made with.
 
+    Contents that nothing else has are removed at once: checkpoints come often and are large.
     The version's lineage keeps the name, which no other artifact ever gets, and the digest. That its data
     must go, say because somebody asked for it, is no reason to refuse: nothing that serves needs them.
 
@@ -165,6 +170,10 @@ async def delete_artifact(ports: Ports, artifact: str, number: int) -> None:
         await work.artifacts.save(advance(found, ArtifactState.DELETED))
         await work.commit()
     ports.uploads.discard(found)
+    try:
+        await files.collect(ports, found.files)
+    except Unavailable as error:
+        log.warning("the space of a deleted artifact was not given back: %s", error)
 
 
 def _with_received(ports: Ports, artifact: Artifact) -> Artifact:

@@ -122,6 +122,26 @@ async def check_stored(ports: Ports, files: Iterable[BundleFile]) -> None:
         raise first from None
 
 
+async def collect(ports: Ports, files: Iterable[BundleFile]) -> int:
+    """Give back the space of contents that nothing needs any more; return how many there were.
+
+    Their rows stay locked until the bytes are gone, and who announces the same contents waits for that: what
+    is said to be stored is. If this process ends in between, a blob is missing that is said to be there;
+    finalizing notices, and the next push mends it.
+
+    Raises:
+        Unavailable: The store cannot be reached; the space is not given back.
+    """
+    sums = sorted({file.sha256 for file in files if file.size_bytes})
+    async with ports.work() as work:
+        unused = await work.blobs.lock_unused(sums)
+        for sha256 in unused:
+            await ports.blobs.delete(sha256)
+            await work.blobs.remove(sha256)
+        await work.commit()
+    return len(unused)
+
+
 def announced(owner: Receiver, path: str) -> BundleFile:
     """Return the file announced under a path.
 

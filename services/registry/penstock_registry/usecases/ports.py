@@ -173,6 +173,12 @@ class BlobIndex(Protocol):
     async def remove(self, sha256: str) -> None:
         """Forget a blob, so that the next upload of it stores it again."""
 
+    async def lock_unused(self, sha256s: Sequence[str]) -> list[str]:
+        """Return those of some blobs that nothing announced needs; nobody announces them until the end.
+
+        What was announced and not deleted needs its blobs, whatever else its state.
+        """
+
 
 class Work(Protocol):
     """One transaction; leaving the block without `commit` undoes it."""
@@ -204,6 +210,9 @@ class Blobs(Protocol):
 
     async def verify(self, sha256: str, size: int) -> bool:
         """Return whether a blob is what its name says."""
+
+    async def delete(self, sha256: str) -> None:
+        """Remove a blob."""
 
     def read(self, sha256: str, size: int, *, offset: int = 0) -> AsyncIterator[bytes]:
         """Yield a blob's bytes, checked."""
