@@ -67,7 +67,7 @@ class JobWorld:
 
     def cancel(self, name: str = "fit") -> None:
         """Cancels a job that has not ended."""
-        job = replace(self.snapshot.jobs[name], cancelling=True)
+        job = replace(self.snapshot.jobs[name], cancelling=True, message="ann cancelled it.")
         self.snapshot = replace(self.snapshot, jobs={**self.snapshot.jobs, name: job})
 
     def reports(self) -> dict[str, Report]:

@@ -190,6 +190,20 @@ async def test_what_a_cancelled_job_made_is_deleted_even_after_a_restart(bench: 
     await bench.eventually(lambda: RESULT in bench.registry.deleted, "it is deleted")
 
 
+async def test_what_others_made_is_neither_made_final_nor_deleted(bench: Any, client: Any) -> None:
+    agent = await bench.agent()
+    await client.create_job()
+    await client.until_job("RUNNING")
+    agent.works = lambda spec: None
+    stolen = ["models/digits/versions/1", RESULT, "artifacts/foreign/versions/1"]
+    agent.say_task("jobs/fit/tasks/0", "SUCCEEDED", results=stolen)
+    failed = await client.until_job("FAILED")
+    assert failed.failure_reason == "RESULT_REFUSED"
+    assert "was not made by the job fit" in failed.message
+    await bench.eventually(lambda: bench.registry.deleted == [RESULT], "what it made is deleted")
+    assert bench.registry.finalized == []
+
+
 async def test_a_task_gets_to_know_where_the_leading_one_is(bench: Any, client: Any) -> None:
     agent = await bench.agent(cpu_millis=8000)
     agent.works = lambda spec: None

@@ -145,6 +145,7 @@ def test_it_is_cancelled_in_every_state(state: JobState) -> None:
     for _ in range(3):
         world.step()
     assert world.ends["fit"] == [JobState.CANCELLED]
+    assert world.job().message == "ann cancelled it."
     assert not world.tasks()
 
 
@@ -257,11 +258,11 @@ def test_the_end_waits_for_the_last_events_but_not_for_ever() -> None:
     world.submit()
     world.until(JobState.RUNNING)
     world.say("fit/tasks/0", TaskState.SUCCEEDED, last_event=7)
-    for _ in range(5):
+    for _ in range(15):
         world.step()
         assert world.job().state is JobState.FINALIZING
         assert world.desired("n1") or world.desired("n2")
-    for _ in range(4):
+    for _ in range(3):
         world.step()
     assert world.job().state is JobState.SUCCEEDED
 

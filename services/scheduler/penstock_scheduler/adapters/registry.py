@@ -83,8 +83,9 @@ class GrpcRegistry:
             raise _late(RESOLVE_TIMEOUT_SECONDS) from error
         return str(found.name)
 
-    async def finalize(self, name: str) -> None:
+    async def finalize(self, name: str, job_id: str) -> None:
         """See `ResultStore.finalize`."""
+        await self._check_maker(name, job_id)
         try:
             if name.startswith("artifacts/"):
                 request = artifact_service_pb2.FinalizeArtifactRequest(name=name)
@@ -96,9 +97,10 @@ class GrpcRegistry:
         except DeadlineExceeded as error:
             raise _late(FINALIZE_TIMEOUT_SECONDS) from error
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, job_id: str) -> None:
         """See `ResultStore.delete`."""
         try:
+            await self._check_maker(name, job_id)
             if name.startswith("artifacts/"):
                 request = artifact_service_pb2.DeleteArtifactRequest(name=name)
                 await self._artifacts.DeleteArtifact(request, timeout=DELETE_TIMEOUT_SECONDS)
@@ -110,6 +112,26 @@ class GrpcRegistry:
             return
         except DeadlineExceeded as error:
             raise _late(DELETE_TIMEOUT_SECONDS) from error
+
+    async def _check_maker(self, name: str, job_id: str) -> None:
+        """Raises FailedPrecondition if the registry has it as made by another than the job."""
+        try:
+            if name.startswith("artifacts/"):
+                request = artifact_service_pb2.GetArtifactRequest(name=name)
+                made_by = (await self._artifacts.GetArtifact(request, timeout=RESOLVE_TIMEOUT_SECONDS)).job
+            else:
+                found = await self._stub.GetVersion(
+                    pb.GetVersionRequest(name=name), timeout=RESOLVE_TIMEOUT_SECONDS
+                )
+                made_by = found.manifest.lineage.job
+        except DeadlineExceeded as error:
+            raise _late(RESOLVE_TIMEOUT_SECONDS) from error
+        if made_by != f"jobs/{job_id}":
+            raise FailedPrecondition(
+                f"{name} was not made by the job {job_id}.",
+                reason=Reason.WRONG_STATE,
+                metadata={"name": name},
+            )
 
 
 def _late(seconds: float) -> Unavailable:

@@ -1,4 +1,4 @@
-"""The datasets, artifacts and versions that a job names, found in its work and replaced by what they mean."""
+"""Datasets, artifacts, versions and deployments in the work of a job, and what their names mean."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ def _places(job: job_pb2.Job) -> Iterator[_Place]:
         yield from _field(work, "dataset", _artifact)
     if "version" in known:
         yield from _field(work, "version", _version)
+    if "deployment" in known:
+        yield from _field(work, "deployment", _deployment)
     if kind == "train":
         if job.train.WhichOneof("way") == "recipe":
             yield from _field(job.train.recipe, "fine_tune", _version)
@@ -96,6 +98,11 @@ def _artifact(text: str) -> Reference:
         case _:
             names.check_id(text, "artifact")
     return Reference("artifact", text)
+
+
+def _deployment(text: str) -> Reference:
+    """{deployment} or deployments/{deployment}."""
+    return Reference("deployment", names.check_id(text.removeprefix("deployments/"), "deployment"))
 
 
 def _version(text: str) -> Reference:

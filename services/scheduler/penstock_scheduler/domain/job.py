@@ -219,7 +219,7 @@ class Job:
         work: the work, as a serialized scheduler.v1.Job of which only what was asked for is set.
         max_restarts: starts after failures at most.
         timeout: it fails after running for so long.
-        cancelling: somebody cancelled it.
+        cancelling: somebody cancelled it; the message says who.
         stop: while STOPPING, what follows.
         attempt: times it was started.
         restarts: of these, those after failures.

@@ -154,7 +154,7 @@ class Deployments:
         async with self._works() as work:
             view = await work.deployments.view(name)
         if view is None:
-            raise _unknown(name)
+            raise unknown_deployment(name)
         return view
 
     async def page(self, after: str, limit: int, uses: Uses | None) -> Sequence[DeploymentView]:
@@ -274,7 +274,7 @@ class Deployments:
         async with self._works() as work:
             deployment = await work.deployments.get(name, lock=True)
             if deployment is None:
-                raise _unknown(name)
+                raise unknown_deployment(name)
             if deployment.state is not DeploymentState.DELETING:
                 stored = await work.cluster.load()
                 caller = callers_of(name, stored.deployments.values(), stored.versions)
@@ -300,7 +300,7 @@ class Deployments:
         async with self._works() as work:
             deployment = await work.deployments.get(name)
             if deployment is None:
-                raise _unknown(name)
+                raise unknown_deployment(name)
             return await work.deployments.revisions(deployment, before, limit)
 
     # -- parts ------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ class Deployments:
     async def _lock(self, work: Work, name: str, etag: str) -> Deployment:
         deployment = await work.deployments.get(name, lock=True)
         if deployment is None:
-            raise _unknown(name)
+            raise unknown_deployment(name)
         if deployment.state is DeploymentState.DELETING:
             raise _being_deleted(name)
         if etag and etag != deployment.etag:
@@ -452,7 +452,8 @@ def _changed_autoscaling(old: Autoscaling | None, changes: Changes) -> Autoscali
     return check_autoscaling(replace(old or Autoscaling(), **named)) if named else old
 
 
-def _unknown(name: str) -> NotFound:
+def unknown_deployment(name: str) -> NotFound:
+    """The error for a name that no deployment bears."""
     return NotFound(
         f"There is no deployment {name}; list them with `penstock deployments`, or deploy a model first.",
         reason=Reason.DEPLOYMENT_NOT_FOUND,

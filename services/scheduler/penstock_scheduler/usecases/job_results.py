@@ -105,7 +105,7 @@ class JobResults:
     async def _finalize(self, job: Job) -> RegistryWord:
         for name in job.results:
             try:
-                await self._registry.finalize(name)
+                await self._registry.finalize(name, job.id)
             except (NotFound, FailedPrecondition, InvalidArgument) as error:
                 return RegistryWord(refusal=f"The registry does not take {name}: {error}")
         return RegistryWord(final=True, note=await self._canary(job))
@@ -114,7 +114,7 @@ class JobResults:
         deleted = []
         for name in job.leftovers:
             try:
-                await self._registry.delete(name)
+                await self._registry.delete(name, job.id)
             except FailedPrecondition as error:
                 log.warning("what job %s left behind, %s, stays: %s", job.id, name, error)
             deleted.append(name)

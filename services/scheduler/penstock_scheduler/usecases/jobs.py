@@ -14,6 +14,7 @@ from penstock_scheduler.domain.job import Job, JobState
 from penstock_scheduler.domain.node import NodeState
 from penstock_scheduler.domain.planner.feasible import Rejection, Usage, check, closest
 from penstock_scheduler.domain.planner.gangs import need_of, room_for
+from penstock_scheduler.usecases.deployments import unknown_deployment
 from penstock_scheduler.usecases.latest import Latest
 from penstock_scheduler.usecases.ports import (
     JobMark,
@@ -33,9 +34,9 @@ JobMarks = Mapping[str, JobMark]
 
 
 class Reference(NamedTuple):
-    """A dataset, artifact or version that a job names, as its maker wrote it."""
+    """A dataset, artifact, version or deployment that a job names, as its maker wrote it."""
 
-    kind: Literal["artifact", "version"]
+    kind: Literal["artifact", "version", "deployment"]
     name: str
     selector: str = ""
 
@@ -147,8 +148,8 @@ class Jobs:
                 )
             if not job.cancelling and not job.ended:
                 now = datetime.now(UTC)
-                cancelled = replace(job, cancelling=True, update_time=now)
                 why = f"{actor or 'Somebody'} cancelled it."
+                cancelled = replace(job, cancelling=True, message=why, update_time=now)
                 if job.state is JobState.QUEUED:
                     # It holds nothing: no need to wait for the loop.
                     cancelled = replace(cancelled, not_before=None).advance(JobState.CANCELLED, now, why)
@@ -171,7 +172,10 @@ class Jobs:
             names = {*job.leftovers, *await work.jobs.checkpoints(job)} - set(job.results)
         # First what only the job knows of, outside of transactions; a second try finds it gone.
         for name in sorted(names):
-            await self._results.delete(name)
+            try:
+                await self._results.delete(name, job_id)
+            except FailedPrecondition as error:
+                log.warning("what job %s left behind, %s, stays: %s", job_id, name, error)
         async with self._works() as work:
             again = await self._ended(work, job_id)
             if again.create_time == job.create_time:
@@ -215,6 +219,11 @@ class Jobs:
                 yield view
 
     async def _resolve(self, reference: Reference) -> str:
+        if reference.kind == "deployment":
+            async with self._works() as work:
+                if await work.deployments.view(reference.name) is None:
+                    raise unknown_deployment(reference.name)
+            return f"deployments/{reference.name}"
         if reference.kind == "artifact":
             return await self._registry.artifact(reference.name)
         if not reference.selector:

@@ -448,21 +448,25 @@ class Registry(Protocol):
 
 
 class ResultStore(Protocol):
-    """The registry, as far as results of jobs go. All calls may be repeated."""
+    """The registry, as far as results of jobs go. All calls may be repeated.
 
-    async def finalize(self, name: str) -> None:
-        """Makes a version or artifact READY; nothing if it is.
+    Names of results come from processes that may run anybody's program: what another job or somebody else
+    made is left alone.
+    """
+
+    async def finalize(self, name: str, job_id: str) -> None:
+        """Makes a version or artifact that a job made READY; nothing if it is.
 
         Raises:
-            NotFound, FailedPrecondition, InvalidArgument: it can never be.
+            NotFound, FailedPrecondition, InvalidArgument: it can never be, or the job did not make it.
             Unavailable: the registry cannot be reached.
         """
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, job_id: str) -> None:
         """Deletes a version or artifact; nothing if there is none.
 
         Raises:
-            FailedPrecondition: somebody uses it.
+            FailedPrecondition: somebody uses it, or the job did not make it.
             Unavailable: the registry cannot be reached.
         """
 

@@ -40,12 +40,13 @@ class JobPolicy:
     Attributes:
         start_seconds: an agent that is connected takes up a new task within so long, or it never will.
         checkpoint_seconds: a task that makes room ends within so long, or it is ended.
-        events_seconds: the events of a task that has ended are waited for so long.
+        events_seconds: the events of a task that has ended are waited for so long; agents send what was lost
+            again after 10 s.
     """
 
     start_seconds: float = 30.0
     checkpoint_seconds: float = 60.0
-    events_seconds: float = 5.0
+    events_seconds: float = 15.0
 
 
 DEFAULT_JOB_POLICY = JobPolicy()
@@ -128,7 +129,7 @@ class JobDraft:
             if job.ended:
                 job = self._clean(job, word)
             elif job.state is JobState.QUEUED and job.cancelling:
-                job = self._end(job, JobState.CANCELLED, "Somebody cancelled it.")
+                job = self._end(job, JobState.CANCELLED, job.message)
             if job.state in (JobState.STARTING, JobState.RUNNING):
                 job = self._work(job, nodes)
             self._let_go(job)
@@ -251,7 +252,7 @@ class JobDraft:
     def _work(self, job: Job, nodes: Mapping[str, Node]) -> Job:
         """STARTING and RUNNING."""
         if job.cancelling:
-            return self._begin_stop(job, Stop.CANCEL, "Somebody cancelled it.")
+            return self._begin_stop(job, Stop.CANCEL, job.message)
         if job.id in self._done:
             return self._finish(job)
         if failed := self._failed.get(job.id):
@@ -339,7 +340,7 @@ class JobDraft:
         if job.cancelling:
             if job.stop is Stop.CANCEL:
                 return job
-            stop, reason, why = Stop.CANCEL, "", "Somebody cancelled it."
+            stop, reason, why = Stop.CANCEL, "", job.message
         elif job.stop is Stop.FAIL:
             return job
         elif permanent := [seen for _, seen in self._failed.get(job.id, ()) if seen.permanent]:
