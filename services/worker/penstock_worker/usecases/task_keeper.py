@@ -9,7 +9,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any
 
 from penstock_kit.errors import FailedPrecondition, PenstockError
 from penstock_worker.domain.task import (
@@ -51,7 +52,12 @@ class TaskKeeper:
     """
 
     def __init__(
-        self, desired: DesiredTask, policy: TaskPolicy, host: TaskHost, changed: Callable[[], None]
+        self,
+        desired: DesiredTask,
+        policy: TaskPolicy,
+        host: TaskHost,
+        changed: Callable[[], None],
+        before: Collection[asyncio.Task[None]] = (),
     ) -> None:
         self.desired = desired
         self.state = TaskState.STARTING
@@ -61,6 +67,7 @@ class TaskKeeper:
         self._policy = policy
         self._host = host
         self._told = changed
+        self._before = before
         self._run: TaskRun | None = None
         self._ending = asyncio.Event()
         self._wake = asyncio.Event()
@@ -90,7 +97,8 @@ class TaskKeeper:
             rendezvous=run.rendezvous if run else "",
             cause=failed.cause if failed else "",
             permanent=failed.permanent if failed else False,
-            results=done.results if done else (),
+            # All the time: what is left of a job that does not succeed is deleted by these names.
+            results=run.results if run is not None and not self.desired.index else (),
             report=done.report if done else b"",
             memory_bytes=run.memory_bytes if run else 0,
             last_event=run.last_event if run else 0,
@@ -139,6 +147,7 @@ class TaskKeeper:
             self._conclude(End(EndKind.FAILED, str(error), error.reason.name, permanent=True))
             return
         try:
+            await self._until_others_ended()
             if self._ending.is_set():
                 return
             run = self._run = await self._host.admit(self.desired, self._changed)
@@ -148,14 +157,34 @@ class TaskKeeper:
                 return
             await self._until_meeting_place()
             while not self._ending.is_set():
-                await run.start(self.desired)
-                end = await self._watch(run)
+                await self._unless_ending(run.start(self.desired))
+                end = await self._watch(run) if run.pid or run.exit else End(EndKind.STOPPED)
                 if end is None:
                     continue
                 self._conclude(end)
                 return
         except PenstockError as error:
             self._conclude(End(EndKind.FAILED, str(error), error.reason.name))
+
+    async def _until_others_ended(self) -> None:
+        """Wait for the attempts before this one to end here: they write into the same directory."""
+        others = [task for task in self._before if not task.done()]
+        if others:
+            self._advance(self.state, "Waiting for the attempt before to end on this node.")
+            await self._unless_ending(asyncio.wait(others))
+
+    async def _unless_ending(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Do a step; give it up if the task is not wanted any more."""
+        step = asyncio.ensure_future(work)
+        ending = asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait({step, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if step.done():
+                step.result()
+        finally:
+            for future in (step, ending):
+                future.cancel()
+            await asyncio.gather(step, ending, return_exceptions=True)
 
     async def _until_meeting_place(self) -> None:
         """Wait until task 0 has said where the ranks meet; it need not wait itself."""
