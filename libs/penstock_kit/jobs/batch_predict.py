@@ -6,6 +6,7 @@ from penstock.scheduler.v1 import job_work_pb2
 from penstock_kit.jobs.fields import check_range, invalid
 from penstock_kit.names import parse_artifact, parse_deployment
 
+# At most; see the job.
 DEFAULT_REQUEST_ROWS = 64
 DEFAULT_CONCURRENCY = 8
 DEFAULT_CHUNK_ROWS = 4096

@@ -658,7 +658,9 @@ class BatchPredictWork(_message.Message):
     artifact: _builtins.str
     """Required. artifacts/{artifact} that gets the answers, as a parquet file a chunk."""
     request_rows: _builtins.int
-    """Optional. Rows in one request; 0 means 64."""
+    """Optional. Rows in one request; 0 means up to 64, as many as are answered nearly as soon as one: an online request
+    waits for those under way.
+    """
     concurrency: _builtins.int
     """Optional. Requests that wait at once; 0 means 8."""
     chunk_rows: _builtins.int

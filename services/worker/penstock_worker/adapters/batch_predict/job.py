@@ -8,6 +8,10 @@ What nobody can answer now is asked again, after as long as the answer said; if 
 `OUTAGE_SECONDS`, the attempt ends and the job starts again from its last chunk. A request that the model
 refuses is halved until the row is found that it cannot take; that row is kept with the error. More than one
 refused row in a hundred (and more than one at all) ends the job: then the data do not fit the model.
+
+An online request goes before all rows that wait here, but not before those that the model is computing. So
+without `request_rows` a request has no more rows, up to `DEFAULT_REQUEST_ROWS`, than the model answers in
+twice the time of one row and `LONGER_SECONDS`; that is tried out first, a few calls at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from google.protobuf import json_format
 
 from penstock.datasets import Contents, ReadOptions, read
 from penstock.registry.v1 import artifact_pb2
-from penstock_kit.errors import Code, PenstockError, Reason, Unavailable
+from penstock_kit.errors import Code, Internal, PenstockError, Reason, Unavailable
 from penstock_kit.jobs.batch_predict import (
     DEFAULT_CHUNK_ROWS,
     DEFAULT_CONCURRENCY,
@@ -44,6 +48,9 @@ LAST_PAUSE_SECONDS = 10.0
 STOP_CHECK_SECONDS = 0.25
 # Of a hundred rows so many may be refused.
 MOST_REFUSED_PERCENT = 1
+LONGER_SECONDS = 0.005
+# Calls of each size that are tried; the fastest counts, as others may have been waiting.
+TRIALS = 3
 STATE = "state.json"
 
 _RETRIED = frozenset(
@@ -55,7 +62,8 @@ def run(context: JobContext) -> None:
     """Answer a dataset as `context.job.batch_predict` says, and publish the answers (rank 0).
 
     Raises:
-        JobFailure: INVALID_DATA: the data do not fit the model. UNSUPPORTED: it takes no rows.
+        JobFailure: INVALID_DATA: the data do not fit the model. UNSUPPORTED: it takes no rows, or its answers
+            have different shapes.
         Stopped: It was asked to stop; its finished chunks are kept.
         Unavailable: Nobody answered for minutes.
     """
@@ -206,7 +214,8 @@ class _Prediction:
         self._contents = contents
         self._book = book
         self._mapping = dict(work.inputs)
-        self._request_rows = work.request_rows or DEFAULT_REQUEST_ROWS
+        self._request_rows = work.request_rows
+        self._sizes: dict[str, int] = {}
         self._concurrency = work.concurrency or DEFAULT_CONCURRENCY
         self._caller = DeploymentCaller(mesh, parse_deployment(work.deployment))
         self._most_refused = max(1, contents.rows * MOST_REFUSED_PERCENT // 100)
@@ -227,7 +236,10 @@ class _Prediction:
                 state.seconds += seconds
                 version = _version(target)
                 state.versions[version] = state.versions.get(version, 0) + rows
-                book.keep(answers)
+                try:
+                    book.keep(answers)
+                except Internal as error:
+                    raise JobFailure(str(error), "UNSUPPORTED") from error
                 self._context.metrics(book.done, {"rows_per_second": rows / max(seconds, 1e-9)})
         self._context.progress(book.state.rows, book.state.rows, "rows", "publishing the answers")
 
@@ -237,8 +249,8 @@ class _Prediction:
         description = target.description
         sources = find_sources(description.inputs, self._contents, self._mapping)
         answers = ChunkAnswers(begin, end, description.outputs, _version(target))
-        size = min(self._request_rows, description.max_batch_size or self._request_rows)
         asking = _Asking(target, sources, answers)
+        size = await self._size(asking)
         asking.spans.extend((at, min(at + size, end)) for at in range(begin, end, size))
         asking.left = end - begin
         asking.refused = self._book.state.failed
@@ -256,6 +268,37 @@ class _Prediction:
         self._book.state.failed = asking.refused
         self._book.state.first_error = self._book.state.first_error or asking.first_error
         return answers, target
+
+    async def _size(self, asking: _Asking) -> int:
+        """Return how many rows one request has."""
+        most = asking.target.description.max_batch_size or self._book.state.rows
+        if self._request_rows:
+            return min(self._request_rows, most)
+        version = _version(asking.target)
+        if version not in self._sizes:
+            self._sizes[version] = await self._tried_size(asking, min(DEFAULT_REQUEST_ROWS, most))
+            self._context.log(f"{version}: {self._sizes[version]} rows a request")
+        return self._sizes[version]
+
+    async def _tried_size(self, asking: _Asking, most: int) -> int:
+        """Return the largest power of two of rows that are answered nearly as soon as one; see the module."""
+        bound, size, rows = 0.0, 1, self._book.state.rows
+        while size <= min(most, rows):
+            inputs = {source.tensor.name: source.take(0, size) for source in asking.sources}
+            fastest = float("inf")
+            for _ in range(TRIALS):
+                began = time.monotonic()
+                try:
+                    await self._caller.call(asking.target, inputs, [])
+                except PenstockError:
+                    # What it means is found out when the row's turn comes.
+                    return size
+                fastest = min(fastest, time.monotonic() - began)
+            if bound and fastest > bound:
+                return size // 2
+            bound = bound or 2 * fastest + LONGER_SECONDS
+            size *= 2
+        return size // 2
 
     async def _watch(self, asking: _Asking, chunk: int) -> None:
         """Say how far it is, and stop when asked to."""
