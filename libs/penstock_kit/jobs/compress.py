@@ -6,9 +6,8 @@ with it, so both know the same names, ranges and defaults.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from google.protobuf import json_format, struct_pb2
 from penstock.registry.v1 import gate_pb2
 from penstock.scheduler.v1 import job_work_pb2
 from penstock_kit.errors import InvalidArgument, Reason
+from penstock_kit.jobs.fields import nearest
 
 SCHEMES = ("dynamic_int8", "static_int8", "weight_only_int8", "weight_only_int4")
 MAX_STEPS = 16
@@ -261,13 +261,11 @@ def step_of(name: str, given: Mapping[str, Any], where: str = "step") -> Step:
         InvalidArgument: It is unknown, or a parameter of it is, or has a value that it cannot have.
     """
     if name not in STEPS:
-        raise _invalid(f"{where}.name: there is no step {name!r}{_nearest(name, STEPS)}.", "steps")
+        raise _invalid(f"{where}.name: there is no step {name!r}{nearest(name, STEPS)}", "steps")
     known = STEPS[name]
     for key in given:
         if key not in known:
-            raise _invalid(
-                f"{where}: the step {name} has no parameter {key!r}{_nearest(key, known)}.", "steps"
-            )
+            raise _invalid(f"{where}: the step {name} has no parameter {key!r}{nearest(key, known)}", "steps")
     values = {
         key: _value(f"{where}: {name}.{key}", parameter, given[key]) if key in given else parameter.default
         for key, parameter in known.items()
@@ -336,11 +334,8 @@ def _value(where: str, parameter: Parameter, value: Any) -> Any:
     if not isinstance(value, str):
         raise _invalid(f"{where} is {value!r}; it must be a word.", "steps")
     if parameter.kind == "choice" and value not in parameter.choices:
-        raise _invalid(
-            f"{where} is {value!r}{_nearest(value, parameter.choices)}; "
-            f"it may be {', '.join(parameter.choices)}.",
-            "steps",
-        )
+        choices = ", ".join(parameter.choices)
+        raise _invalid(f"{where} cannot be {value!r}; it may be {choices}.", "steps")
     return value
 
 
@@ -363,12 +358,6 @@ def _range(parameter: Parameter) -> str:
     if parameter.high < math.inf:
         words.append(f"{'below' if parameter.below_high else 'at most'} {parameter.high:g}")
     return " and ".join(words)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f" (there are {', '.join(names)})"
 
 
 def _brief(value: Any) -> str:

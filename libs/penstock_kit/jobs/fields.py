@@ -54,8 +54,8 @@ def read_fields(
     """
     for name in given:
         if name not in known:
-            words = nearest(name, known) if known else " (it has none)"
-            raise invalid(f"{where} has no parameter {name!r}{words}.", field)
+            words = nearest(name, known) if known else "; it has none."
+            raise invalid(f"{where} has no parameter {name!r}{words}", field)
     return {
         name: _value(f"{where}: {name}", entry, given[name], field) if name in given else entry.default
         for name, entry in known.items()
@@ -70,7 +70,7 @@ def choose(what: str, word: str, known: Iterable[str], field: str) -> str:
     """
     names = tuple(known)
     if word not in names:
-        raise invalid(f"There is no {what} {_shown(word)}{nearest(word, names)}.", field)
+        raise invalid(f"There is no {what} {_shown(word)}{nearest(word, names)}", field)
     return word
 
 
@@ -80,9 +80,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in names}
     close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)
     if not close:
-        return f" (there are {', '.join(names)})"
-    # Of those that share most letters, the one of the same length: letters are swapped more often than lost.
-    best = min(close, key=lambda name: abs(len(name) - len(word)))
+        return f"; there are {', '.join(names)}."
+    # Of those that share most letters, one with letters too many or too few, then the one of the same length:
+    # letters are swapped more often than lost.
+    best = min(close, key=lambda name: (not (name in word or word in name), abs(len(name) - len(word))))
     return f"; did you mean {by_lower[best]!r}?"
 
 
@@ -111,11 +112,8 @@ def _value(where: str, entry: Field, value: Any, field: str) -> Any:
     if entry.kind == "choice":
         if isinstance(value, str) and value in entry.choices:
             return value
-        raise invalid(
-            f"{where} is {_shown(value)}{nearest(str(value), entry.choices)}; "
-            f"it may be {', '.join(entry.choices)}.",
-            field,
-        )
+        choices = ", ".join(entry.choices)
+        raise invalid(f"{where} cannot be {_shown(value)}; it may be {choices}.", field)
     if entry.kind in {"integers", "numbers"}:
         least, most = entry.length
         if not isinstance(value, list | tuple) or not least <= len(value) <= most:

@@ -126,7 +126,9 @@ class CannedRegistry(
 
     async def GetVersion(self, request: Any, context: Any) -> version_pb2.Version:
         """All that nobody pushed was made by the job of the tests."""
-        lineage = manifest_pb2.Lineage(job="" if request.name in self.versions else "jobs/fit")
+        if request.name in self.versions:
+            return self.versions[request.name]
+        lineage = manifest_pb2.Lineage(job="jobs/fit")
         return version_pb2.Version(name=request.name, manifest=manifest_pb2.Manifest(lineage=lineage))
 
     async def FinalizeVersion(self, request: Any, context: Any) -> version_pb2.Version:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from penstock.scheduler.v1 import deployment_pb2, job_work_pb2
-from penstock_kit.errors import Reason, Unavailable
+from penstock_kit.errors import NotFound, Reason, Unavailable
 
 RESULT = "models/digits/versions/2"
 
@@ -27,7 +29,7 @@ async def test_what_passed_its_gate_is_rolled_out_once(bench: Any, client: Any) 
     agent = await bench.agent()
     await client.create()
     await client.until_state("READY")
-    bench.registry.push("digits", 2)
+    bench.registry.push("digits", 2).manifest.lineage.job = "jobs/fit"
     await client.create_job(compress=compression())
     running = await client.until_job("RUNNING")
     bench.registry.refusal = Unavailable("The disk is full.", reason=Reason.DEPENDENCY_UNAVAILABLE)
@@ -49,7 +51,7 @@ async def test_what_failed_its_gate_goes_nowhere(bench: Any, client: Any) -> Non
     agent = await bench.agent()
     await client.create()
     await client.until_state("READY")
-    bench.registry.push("digits", 2)
+    bench.registry.push("digits", 2).manifest.lineage.job = "jobs/fit"
     await client.create_job(compress=compression())
     running = await client.until_job("RUNNING")
     agent.say_task(running.tasks[0].name, "SUCCEEDED", results=[RESULT], **report(False))
@@ -60,8 +62,14 @@ async def test_what_failed_its_gate_goes_nowhere(bench: Any, client: Any) -> Non
 
 async def test_a_deployment_that_is_gone_by_then_fails_no_job(bench: Any, client: Any) -> None:
     agent = await bench.agent()
-    await client.create_job(compress=compression("deployments/nobody"))
+    with pytest.raises(NotFound, match="no deployment digits"):
+        await client.create_job(compress=compression())
+    await client.create()
+    await client.until_state("READY")
+    bench.registry.push("digits", 2).manifest.lineage.job = "jobs/fit"
+    await client.create_job(compress=compression())
     running = await client.until_job("RUNNING")
+    await client.delete()
     agent.say_task(running.tasks[0].name, "SUCCEEDED", results=[RESULT], **report(True))
     done = await client.until_job("SUCCEEDED")
-    assert "nobody does not get digits:2" in done.message
+    assert "digits does not get digits:2" in done.message
