@@ -318,7 +318,9 @@ def batch_predict(
         list[str] | None,
         typer.Option(metavar="INPUT=COLUMN", help="Column for an input of the model; repeat it."),
     ] = None,
-    request_rows: Annotated[int, typer.Option(min=0, help="Rows in a request; 0 means 64.")] = 0,
+    request_rows: Annotated[
+        int, typer.Option(min=0, help="Rows in a request; 0 means up to 64, so that others wait little.")
+    ] = 0,
     concurrency: Annotated[int, typer.Option(min=0, help="Requests at once; 0 means 8.")] = 0,
     chunk_rows: Annotated[int, typer.Option(min=0, help="Rows that a kill can cost; 0 means 4096.")] = 0,
 ) -> None:
