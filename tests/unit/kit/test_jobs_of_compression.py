@@ -47,7 +47,7 @@ def test_a_parameter_nobody_knows_is_refused_with_the_nearest() -> None:
         ("prune", {"amount": 1}, "below 1"),
         ("prune", {"amount": 0}, "above 0"),
         ("prune", {"amount": "half"}, "must be a number"),
-        ("prune", {"scope": "globl"}, "did you mean 'global'"),
+        ("prune", {"scope": "globl"}, "it may be global, layer"),
         ("prune_channels", {"round_to": 1.5}, "whole number"),
         ("quantize", {"scheme": "int8"}, "dynamic_int8"),
         ("quantize", {"per_channel": "yes"}, "true or false"),
