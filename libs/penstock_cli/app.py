@@ -12,6 +12,7 @@ from penstock_cli.commands import (
     demo,
     deployments,
     jobs,
+    lineage,
     mesh,
     models,
     nodes,
@@ -50,6 +51,7 @@ app.command(rich_help_panel=_MODELS)(push.push)
 app.add_typer(models.models, name="models", rich_help_panel=_MODELS)
 app.add_typer(models.versions, name="versions", rich_help_panel=_MODELS)
 app.add_typer(models.alias, name="alias", rich_help_panel=_MODELS)
+app.command(rich_help_panel=_MODELS)(lineage.lineage)
 
 app.command(rich_help_panel=_SERVING)(deployments.deploy)
 app.command(rich_help_panel=_SERVING)(deployments.traffic)

@@ -19,6 +19,7 @@ from penstock.scheduler.v1 import job_pb2, job_work_pb2, rollout_pb2
 from penstock_cli.commands.rollouts import raise_if_taken_back
 from penstock_cli.demo.story import Stopwatch, Story
 from penstock_cli.following import follow, raise_if_not_succeeded
+from penstock_cli.lineage_views import print_lineage
 from penstock_cli.output import pairs, size
 from penstock_cli.rehearsal import Rehearsal, no_rehearsal
 from penstock_cli.rollout_views import percent_text
@@ -245,6 +246,8 @@ class Pipeline:
     def _show_lineage(self, version: version_pb2.Version) -> None:
         self._story.act("Where it comes from")
         self._story.command(f"penstock lineage {parse_version(version.name)}")
+        if self._live:
+            print_lineage(self._client.get_version(version.name), self._client.get_lineage(version.name))
 
     def _work(self, job: job_pb2.Job) -> job_pb2.Job:
         made = self._client.create_job(job)

@@ -13,6 +13,7 @@ from penstock.packaging.specs import format_spec
 from penstock.registry.v1 import manifest_pb2, model_pb2, version_pb2
 from penstock.scheduler.v1 import deployment_pb2, node_pb2, replica_pb2
 from penstock.traffic import share_text, state_name, target_text
+from penstock_cli.lineage_views import describe_gate
 from penstock_cli.output import ago, pairs, print_facts, print_table, say, size, state
 
 
@@ -69,7 +70,8 @@ def show_version(version: version_pb2.Version) -> None:
             ("licence", manifest.license),
             ("description", manifest.description),
             ("made from", " ".join(str(parse_version(parent)) for parent in manifest.lineage.parents)),
-            ("made by", manifest.lineage.operation),
+            ("made by", " ".join(filter(None, (manifest.lineage.operation, manifest.lineage.job)))),
+            ("gate", describe_gate(manifest.gate) if manifest.HasField("gate") else ""),
             ("digest", version.digest),
             ("pushed", " by ".join(filter(None, (ago(version.create_time), version.created_by)))),
         )
@@ -77,11 +79,36 @@ def show_version(version: version_pb2.Version) -> None:
     if manifest.ensemble.steps:
         say("")
         print_graph(manifest)
+    for profile in version.profiles:
+        say("")
+        print_profile(profile)
     say("")
     print_table(
         ("FILE", "SIZE#", "SHA-256"),
         ((file.path, size(file.size_bytes), file.sha256[:16]) for file in version.files),
         empty="It has no files.",
+    )
+
+
+def print_profile(profile: version_pb2.DeviceProfile) -> None:
+    """Print what was measured of a version on one kind of device."""
+    needs = [f"{size(profile.memory_bytes)} of memory", f"ready after {profile.load_seconds:.2f} s"]
+    if profile.gpu_memory_bytes:
+        needs.insert(1, f"{size(profile.gpu_memory_bytes)} of GPU memory")
+    measured = " by ".join(filter(None, (ago(profile.time), profile.job)))
+    say(f"On {profile.device}: {', '.join(needs)}{f' (measured {measured})' if measured else ''}")
+    print_table(
+        ("ROWS#", "MEDIAN MS#", "P99 MS#", "ROWS/S#"),
+        (
+            (
+                point.batch_size,
+                f"{point.p50_seconds * 1000:.3g}",
+                f"{point.p99_seconds * 1000:.3g}",
+                f"{point.rows_per_second:,.0f}",
+            )
+            for point in profile.points
+        ),
+        empty="",
     )
 
 

@@ -167,7 +167,14 @@ class AsyncModels(AsyncCore):
         return await self._unary(self._registry.GetLineage, registry.GetLineageRequest(name=name))
 
     async def set_alias(
-        self, model: str, alias: str, version: int, *, expected: int | None = None, comment: str = ""
+        self,
+        model: str,
+        alias: str,
+        version: int,
+        *,
+        expected: int | None = None,
+        comment: str = "",
+        force: bool = False,
     ) -> model_pb2.Alias:
         """Point an alias at a version, making it if new.
 
@@ -177,12 +184,18 @@ class AsyncModels(AsyncCore):
             version: Number of a READY version.
             expected: The number it is believed to point to now; 0 believes it is new.
             comment: Why, for the history.
+            force: Also to a version that failed its gate.
 
         Raises:
             Aborted: It does not point to `expected`: somebody else moved it.
+            FailedPrecondition: The version is not READY, or failed its gate (GATE_FAILED).
         """
         request = registry.SetAliasRequest(
-            name=alias_name(model, alias), version=version, expected_version=expected, comment=comment
+            name=alias_name(model, alias),
+            version=version,
+            expected_version=expected,
+            comment=comment,
+            force=force,
         )
         # With an expectation a second execution would find the first one's move and call it a conflict.
         return await self._unary(self._registry.SetAlias, request, retry=expected is None)

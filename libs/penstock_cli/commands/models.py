@@ -107,7 +107,7 @@ def list_versions(
 def print_versions(found: list[version_pb2.Version], *, empty: str) -> None:
     """Print versions as a table."""
     print_table(
-        ("VERSION", "STATE", "FORMAT", "SIZE#", "ALIASES", "METRICS", "PUSHED", "BY", "LABELS"),
+        ("VERSION", "STATE", "FORMAT", "SIZE#", "ALIASES", "GATE", "METRICS", "PUSHED", "BY", "LABELS"),
         (
             (
                 version_text(version),
@@ -115,6 +115,7 @@ def print_versions(found: list[version_pb2.Version], *, empty: str) -> None:
                 version.manifest.format,
                 size(version.size_bytes),
                 " ".join(version.aliases),
+                "failed" if version.manifest.HasField("gate") and not version.manifest.gate.passed else "",
                 pairs(version.manifest.metrics),
                 ago(version.create_time),
                 version.created_by,
@@ -195,12 +196,13 @@ def set_alias(
         int | None, typer.Option(min=0, help="Only if it points to this number now (0: if it is new).")
     ] = None,
     comment: Annotated[str, typer.Option(help="Why, for the history.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Also to a version that failed its gate.")] = False,
     endpoint: Endpoint = ENDPOINT,
     json: Json = False,
 ) -> None:
     """Point an alias at a version, making it if new."""
     with connect(endpoint) as client:
-        moved = client.set_alias(model, name, version, expected=expect, comment=comment)
+        moved = client.set_alias(model, name, version, expected=expect, comment=comment, force=force)
     _report_alias(model, moved, json=json)
 
 

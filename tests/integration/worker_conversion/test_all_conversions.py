@@ -39,7 +39,7 @@ def build_recipe(directory: Path) -> Manifest:
     blueprint = Blueprint(
         task="tabular",
         architecture="mlp",
-        parameters={"hidden": (32, 32), "dropout": 0.0, "activation": "relu", "normalize": False},
+        parameters={"hidden": (32, 32), "dropout": 0.0, "activation": "relu"},
         outputs=2,
         inputs=(("x", (30,)),),
         classes=("0", "1"),

@@ -124,7 +124,7 @@ def _of_torchscript(source: Source) -> torch.export.ExportedProgram:
         try:
             program = TS2EPConverter(script, examples).convert()
             return torch.export.export(
-                program.module(), examples, dynamic_shapes=(_dynamic_shapes(source, examples),)
+                program.module(), examples, dynamic_shapes=_dynamic_shapes(source, examples)
             )
         except Exception as error:
             raise source.unsupported(
