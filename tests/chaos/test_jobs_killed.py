@@ -1,4 +1,4 @@
-"""kill -9 of anything while a model is trained: the job SUCCEEDS as if nothing had been, and repeats little."""
+"""kill -9 of anything while a model is trained: the job ends as if nothing had been, and repeats little."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def launcher(mesh: Mesh, job: job_pb2.Job) -> int:
 def rank(mesh: Mesh, job: job_pb2.Job) -> int:
     """A rank: of all that a launcher has started, what the kernel would end first."""
     ranks = [
-        pid for pid in children_of(job.tasks[0].pid) if Path(f"/proc/{pid}/oom_score_adj").read_text() == "800\n"
+        pid
+        for pid in children_of(job.tasks[0].pid)
+        if Path(f"/proc/{pid}/oom_score_adj").read_text() == "800\n"
     ]
     return ranks[-1]
 

@@ -207,6 +207,7 @@ async def agent(
             logs=logs,
             memory_of=memory_of,
             changes=changes,
+            clean=rooms.clean,
         )
         # Before anything is made: a directory that cannot be used is said in one line.
         lock.open()

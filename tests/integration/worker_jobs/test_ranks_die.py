@@ -27,7 +27,7 @@ async def test_a_rank_that_is_killed_starts_again_and_repeats_no_more_than_one_i
         kill(rank)
         (tmp_path / "trace.go").touch()
         seen = await world.task_state(task.name, "SUCCEEDED")
-        await events.until(task.name, lambda found: len(found) == seen.last_event)
+        await events.until(task.name, lambda found: len(found) >= seen.last_event)
         assert any("ended by SIGKILL. It goes on" in line for line in await events.lines(task.name))
     assert steps_of(trace) == [*range(1, 12), *range(9, 31)]
 
@@ -73,7 +73,7 @@ async def test_two_ranks_meet_and_one_that_is_killed_makes_both_go_on_from_the_c
         kill(victim)
         seen = await world.task_state(task.name, "SUCCEEDED")
         assert seen.report["counted"] == 60
-        await events.until(task.name, lambda found: len(found) == seen.last_event)
+        await events.until(task.name, lambda found: len(found) >= seen.last_event)
         assert any("The ranks start again" in line for line in await events.lines(task.name))
     for rank in (0, 1):
         steps = [step for step, number, _, _ in together(trace) if number == rank]

@@ -18,7 +18,7 @@ async def test_what_the_work_says_arrives_in_order_and_its_report_is_told(
         seen = await world.task_state(task.name, "SUCCEEDED")
         assert MessageToDict(seen.report) == {"answer": 42.0, "words": ["a", "b"]}
         assert not seen.pid
-        await events.until(task.name, lambda found: len(found) == seen.last_event)
+        await events.until(task.name, lambda found: len(found) >= seen.last_event)
         found = await events.of(task.name)
         assert [event.number for event in found] == list(range(1, len(found) + 1))
         assert {"printed by the work", "an error of the work", "rank 0 of 1 on cpu"} <= set(

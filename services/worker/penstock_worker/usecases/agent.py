@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 HOUSEKEEPING_SECONDS = 1.0
 MEMORY_ROUNDS = 10
 """Reading a process's memory holds it up for a millisecond or more: it is done every so many rounds."""
+CLEAN_ROUNDS = 60
+"""What jobs have left on the disk is looked through so often."""
 RECLAIM_SECONDS = 2.0
 LAST_STATUS_SECONDS = 0.1
 """Time for a last status, with all replicas STOPPED, to go up."""
@@ -62,6 +64,7 @@ class Agent:
         logs: The logs of replicas.
         memory_of: Returns the bytes of memory of a process. Blocking.
         changes: To be told when something changed.
+        clean: Removes what old jobs have left on the disk.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Agent:
         logs: LogKeeper,
         memory_of: Callable[[int], int],
         changes: Changes,
+        clean: Callable[[], Awaitable[None]],
     ) -> None:
         self._reconciler = reconciler
         self._jobs = tasks
@@ -84,6 +88,7 @@ class Agent:
         self._logs = logs
         self._memory_of = memory_of
         self._changes = changes
+        self._clean = clean
         self._tasks = TaskSet()
 
     async def start(self) -> None:
@@ -112,3 +117,5 @@ class Agent:
                 if keeper.pid and (rounds % MEMORY_ROUNDS == 0 or not keeper.memory_bytes):
                     keeper.memory_bytes = await asyncio.to_thread(self._memory_of, keeper.pid)
             rounds += 1
+            if rounds % CLEAN_ROUNDS == 0:
+                await self._clean()

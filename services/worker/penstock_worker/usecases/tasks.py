@@ -83,7 +83,14 @@ class TaskReconciler:
             )
 
     def _start(self, desired: DesiredTask) -> None:
-        keeper = TaskKeeper(desired, self._policy, self._host, self._changed)
+        before = [
+            self._running[name]
+            for name, other in self._keepers.items()
+            if other.desired.job == desired.job
+            and other.desired.attempt != desired.attempt
+            and name in self._running
+        ]
+        keeper = TaskKeeper(desired, self._policy, self._host, self._changed, before)
         self._keepers[desired.name] = keeper
         if desired.stopping:
             keeper.end()  # Nothing of it runs here: it is STOPPED at once.

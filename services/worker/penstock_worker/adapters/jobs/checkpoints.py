@@ -13,6 +13,7 @@ import contextlib
 import os
 import shutil
 import threading
+from collections.abc import Hashable
 from pathlib import Path
 
 from penstock_worker.adapters import bundle_files
@@ -35,13 +36,13 @@ class CheckpointStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._begun: dict[int, int] = {}
+        self._begun: dict[int, Hashable] = {}
         self._committed: dict[int, set[int]] = {}
         self._in_use: set[int] = set()
         # Ranks come at the same time, each in a thread.
         self._lock = threading.Lock()
 
-    def begin(self, step: int, generation: int) -> Path:
+    def begin(self, step: int, generation: Hashable) -> Path:
         """Return the directory of a checkpoint: empty for the first rank, the same for the others.
 
         Raises:
@@ -50,7 +51,7 @@ class CheckpointStore:
         with self._lock:
             return self._begin(step, generation)
 
-    def _begin(self, step: int, generation: int) -> Path:
+    def _begin(self, step: int, generation: Hashable) -> Path:
         path = self.directory / f"{step}{PARTIAL}"
         if self._begun.get(step) != generation or not path.exists():
             self._clean()
@@ -61,7 +62,7 @@ class CheckpointStore:
             self._committed[step] = set()
         return path
 
-    def commit(self, step: int, rank: int, ranks: int, generation: int) -> bool:
+    def commit(self, step: int, rank: int, ranks: int, generation: Hashable) -> bool:
         """Take note that a rank has written its files; true if that was the last one and it is complete now.
 
         Args:
@@ -76,7 +77,7 @@ class CheckpointStore:
         with self._lock:
             return self._commit(step, rank, ranks, generation)
 
-    def _commit(self, step: int, rank: int, ranks: int, generation: int) -> bool:
+    def _commit(self, step: int, rank: int, ranks: int, generation: Hashable) -> bool:
         if self._begun.get(step) != generation:
             return False
         committed = self._committed[step]

@@ -53,7 +53,7 @@ class _Resend:
 
 
 def _spools_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"*/events/*{SPOOL_SUFFIX}"))
+    return sorted(folder.glob(f"*/*/events/*{SPOOL_SUFFIX}"))
 
 
 class EventSender:
@@ -98,7 +98,7 @@ class EventSender:
     async def send_leftovers(self, folder: Path) -> None:
         """Send, once, what tasks of an agent before this one have left; then remove it."""
         for path in await in_thread(_spools_in, folder):
-            task = f"jobs/{path.parent.parent.name}/tasks/{path.name.removesuffix(SPOOL_SUFFIX)}"
+            task = f"jobs/{path.parents[2].name}/tasks/{path.name.removesuffix(SPOOL_SUFFIX)}"
             if self._has(task):
                 continue
             try:

@@ -229,7 +229,7 @@ class TaskHost:
             FailedPrecondition: This node does not run such work.
             Unavailable: The disk cannot be used.
         """
-        room = await self.rooms.enter(desired.job)
+        room = await self.rooms.enter(desired.job, desired.index)
         path = room.directory / "events" / f"{desired.number}{SPOOL_SUFFIX}"
         spool = await in_thread(EventSpool, path, desired.name, desired.stored_event)
         self.sender.add(spool)

@@ -129,6 +129,8 @@ class Launcher:
             number = int(environment.get("RANK", "0"))
             pipes = (Pipe(self._output, number, False), Pipe(self._output, number, True))
             parent = os.getpid()
+            # A SIGTERM for the rank waits until the rank has a handler of its own.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             pid = os.fork()
             if pid == 0:
                 # Nothing of the launcher may go on in a rank, whatever happens there.
@@ -143,6 +145,7 @@ class Launcher:
                     outputs=(pipes[0].write_fd, pipes[1].write_fd),
                     mark=self._mark,
                 )
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             for pipe in pipes:
                 os.close(pipe.write_fd)
                 self._selector.register(pipe.fd, selectors.EVENT_READ, pipe)

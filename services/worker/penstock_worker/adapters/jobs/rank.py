@@ -104,6 +104,7 @@ def run_rank(config: LauncherConfig, *, local: int, generation: int) -> int:
     line = Line(config.desk, config.token, number, generation)
     context = RankContext(config, line, local=local)
     signal.signal(signal.SIGTERM, context.ask_to_stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         end = work(config, context)
     finally:

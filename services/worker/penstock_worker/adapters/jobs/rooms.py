@@ -38,7 +38,7 @@ def checkpoint_artifact(job: str, part: int) -> str:
 
 
 class JobRoom:
-    """One job on this node.
+    """One task of a job on this node, over all attempts: those with the same number in their attempt.
 
     Args:
         directory: Its directory.
@@ -67,7 +67,7 @@ class JobRoom:
         """
         for name in ("events", "logs", "scratch", "checkpoints"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
-        os.utime(self.directory)
+        os.utime(self.directory.parent)
 
     def mark_part(self, path: Path, step: int, part: int, parts: int) -> None:
         """Write down which part of a checkpoint this node has. Blocking."""
@@ -180,17 +180,18 @@ class JobRooms:
         self.directory = directory
         self._registry = registry
         self._spawn = spawn
-        self._rooms: dict[str, JobRoom] = {}
+        self._rooms: dict[tuple[str, int], JobRoom] = {}
 
-    async def enter(self, job: str) -> JobRoom:
-        """Provide the room of a job, until `leave`.
+    async def enter(self, job: str, index: int) -> JobRoom:
+        """Provide the room of a job's tasks of one number, until `leave`.
 
         Raises:
             Unavailable: The disk cannot be written to.
         """
-        room = self._rooms.get(job)
+        room = self._rooms.get((job, index))
         if room is None:
-            room = self._rooms[job] = JobRoom(self.directory / job, job, self._registry, self._spawn)
+            directory = self.directory / job / str(index)
+            room = self._rooms[job, index] = JobRoom(directory, job, self._registry, self._spawn)
         room.users += 1
         try:
             await in_thread(room.prepare)
@@ -208,10 +209,10 @@ class JobRooms:
 
     async def clean(self) -> None:
         """Remove the oldest directories of jobs that have ended here, beyond the last few."""
-        for job, room in list(self._rooms.items()):
+        for key, room in list(self._rooms.items()):
             if not room.users and not room.sending:
-                del self._rooms[job]
-        await in_thread(self._clean, frozenset(self._rooms))
+                del self._rooms[key]
+        await in_thread(self._clean, frozenset(job for job, _ in self._rooms))
 
     def _clean(self, busy: frozenset[str]) -> None:
         if not self.directory.is_dir():

@@ -126,7 +126,7 @@ class TaskClerk:
             case "version":
                 return await self._version(str(fields["name"]))
             case "new_checkpoint":
-                path = await in_thread(self._room.store.begin, int(fields["step"]), generation)
+                path = await in_thread(self._room.store.begin, int(fields["step"]), self._group(generation))
                 return {"path": str(path)}
             case "commit_checkpoint":
                 return await self._commit(int(fields["step"]), rank, generation)
@@ -159,6 +159,10 @@ class TaskClerk:
                 self._changed()
                 return {}
         raise InvalidArgument(f"There is no call {op!r}.")
+
+    def _group(self, generation: int) -> tuple[int, int]:
+        """Return what tells a start of ranks from all others of the job on this node."""
+        return self._desired.number, generation
 
     def say(self, text: str, *, rank: int = 0, error: bool = False) -> None:
         """Put a line into the events."""
@@ -243,7 +247,7 @@ class TaskClerk:
         desired, room = self._desired, self._room
         path = room.store.directory / f"{step}.partial"
         await in_thread(room.mark_part, path, step, desired.index, desired.tasks)
-        complete = await in_thread(room.store.commit, step, rank, desired.ranks, generation)
+        complete = await in_thread(room.store.commit, step, rank, desired.ranks, self._group(generation))
         if complete:
             if desired.index == 0:
                 self._note_checkpoint(step, "")
