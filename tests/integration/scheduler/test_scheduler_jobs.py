@@ -300,3 +300,25 @@ async def test_reports_of_tasks_that_make_no_sense_end_the_stream(bench: Any, cl
     agent.say_task("jobs/fit/tasks/0", "PENDING")
     await bench.eventually(lambda: agent.error is not None, "the stream ends")
     assert agent.error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_job_makes_room_for_serving_and_goes_on_afterwards(bench: Any, client: Any) -> None:
+    agent = await bench.agent("n1", cpu_millis=1000)
+    await client.create_job()
+    await client.until_job("RUNNING")
+    told: list[bool] = []
+
+    def checkpoint(spec: job_pb2.TaskSpec) -> job_pb2.ObservedTask:
+        told.append(spec.stopping)
+        state = job_pb2.TASK_STATE_STOPPED if spec.stopping else job_pb2.TASK_STATE_RUNNING
+        return job_pb2.ObservedTask(state=state)
+
+    agent.works = checkpoint
+    await client.create("digits", resources={"cpu_millis": 800})
+    await client.until_state("READY")
+    assert True in told
+    waiting = await client.job()
+    assert waiting.state == job_pb2.JOB_STATE_QUEUED
+    await client.delete("digits")
+    again = await client.until_job("RUNNING")
+    assert (again.attempt, again.restarts) == (2, 0)
