@@ -1,7 +1,8 @@
-"""W2's model in int8 beside itself in fp32, both served by one mesh in one run."""
+"""W2's model in int8 beside itself in fp32, both served by one mesh in one run, under wrk."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -11,18 +12,19 @@ import pytest
 
 import penstock
 from penstock_worker.usecases.job_context import FetchedVersion
-from support.closed_loop import answers_per_second
+from performance.doors import binary_http_door
+from performance.load import closed_loop
+from performance.workloads import WORKLOADS
 from support.compression import Source, candidates
 from support.job_context import dataset_of, version_of
 from support.mesh_process import Mesh
 from support.models import MLP_INPUT, MLP_OUTPUT, build_mlp_pt2
-from support.open_loop import grpc_target
 from support.training import arrays
 
 pytestmark = [pytest.mark.performance, pytest.mark.timeout(600)]
 
 RATIO = 3.0
-CALLERS, SECONDS, TURNS = 64, 4.0, 2
+CALLERS, SECONDS, TURNS = 64, 4.0, 3
 ROWS = 2000
 
 
@@ -66,8 +68,10 @@ def test_int8_serves_three_times_what_fp32_does(tmp_path: Path) -> None:
         rates: dict[str, list[float]] = {"fp32": [], "int8": []}
         for _ in range(TURNS):
             for name, found in rates.items():
-                target = grpc_target(mesh.address, name, MLP_INPUT)
-                found.append(answers_per_second(target, callers=CALLERS, seconds=SECONDS))
+                door = binary_http_door(mesh.address, dataclasses.replace(WORKLOADS["w2"], model=name))
+                seen = closed_loop(door, WORKLOADS["w2"], CALLERS, SECONDS, tmp_path)
+                assert not seen.errors
+                found.append(seen.rate)
     medians = {name: statistics.median(found) for name, found in rates.items()}
     ratio = medians["int8"] / medians["fp32"]
     print(f"served: fp32 {medians['fp32']:.0f}/s, int8 {medians['int8']:.0f}/s: {ratio:.2f} ×; {rates}")
