@@ -77,12 +77,11 @@ def run(context: JobContext) -> None:
     state = _State(fetched.artifact.name, fetched.artifact.digest, work.deployment, contents.rows, chunk_rows)
     book = _Book(context, state)
     asyncio.run(_Prediction(context, contents, book).run())
-    directory = book.collected()
     state = book.state
     name = context.publish_artifact(
         work.artifact,
         artifact_pb2.ARTIFACT_KIND_PREDICTIONS,
-        directory,
+        book.directory,
         format="parquet",
         description={
             "rows": state.rows,
@@ -148,7 +147,7 @@ class _State:
 
 
 class _Book:
-    """The finished chunks.
+    """The finished chunks: files of this rank's scratch directory, and likewise of each checkpoint.
 
     Args:
         context: Keeps them as checkpoints.
@@ -160,7 +159,8 @@ class _Book:
         self.chunks = -(-state.rows // state.chunk_rows)
         self.done = 0
         self._context = context
-        self._directory: Path | None = None
+        self._directory = context.scratch / "chunks"
+        self._directory.mkdir()
         last = context.last_checkpoint()
         if last is None:
             return
@@ -170,7 +170,8 @@ class _Book:
         except (OSError, ValueError, TypeError):
             return
         if state.fits(found) and all((directory / _file(number)).is_file() for number in range(step)):
-            self.state, self.done, self._directory = found, step, directory
+            self.state, self.done = found, step
+            _link(directory, self._directory, step)
             context.log(f"going on after {step} of {self.chunks} chunks")
 
     def span(self, chunk: int) -> tuple[int, int]:
@@ -181,21 +182,17 @@ class _Book:
     def keep(self, answers: ChunkAnswers) -> None:
         """Add the next chunk; it is not computed again once this returns. Blocking."""
         step = self.done + 1
+        answers.write(self._directory / _file(self.done))
         directory = self._context.new_checkpoint(step)
-        answers.write(directory / _file(self.done))
-        if self._directory is not None:
-            _link(self._directory, directory, self.done)
+        _link(self._directory, directory, step)
         (directory / STATE).write_text(json.dumps(asdict(self.state)))
         self._context.commit_checkpoint(step)
-        self.done, self._directory = step, directory
+        self.done = step
 
-    def collected(self) -> Path:
-        """Return a directory with all chunks and nothing else."""
-        target = self._context.scratch / "answers"
-        target.mkdir()
-        if self._directory is not None:
-            _link(self._directory, target, self.chunks)
-        return target
+    @property
+    def directory(self) -> Path:
+        """Where all chunks lie, and nothing else."""
+        return self._directory
 
 
 class _Moved(Exception):
