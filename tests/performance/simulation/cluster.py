@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from penstock_scheduler.domain.deployment import Deployment, DeploymentState, Spec, Target
+from penstock_scheduler.domain.job import JobState, ObservedTask, Order, Stop
 from penstock_scheduler.domain.node import Node, NodeState, Report
 from penstock_scheduler.domain.planner import Plan, Snapshot, plan
+from penstock_scheduler.domain.project import Project
 from penstock_scheduler.domain.replica import Observed, Replica, ReplicaState
 from penstock_scheduler.domain.resources import Batching
 from penstock_scheduler.domain.version import Version, VersionKey
-from performance.simulation import machines, rules
+from performance.simulation import machines, rules, work
+from performance.simulation.ledger import Ledger
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 VERSIONS = tuple(
@@ -33,12 +36,14 @@ class Size:
     Attributes:
         nodes: machines.
         deployments: names that owners deploy under.
+        jobs: that wait or run at once, at most.
         replicas: of one target at most.
         steps: passes of the scheduler, a second each.
     """
 
     nodes: int = 12
     deployments: int = 10
+    jobs: int = 8
     replicas: int = 6
     steps: int = 60
 
@@ -51,6 +56,9 @@ class Tally:
         steps: passes of the scheduler.
         decisions: nodes, replicas and deployments that plans changed.
         placed: replicas that got a place.
+        started: attempts of jobs that got their places.
+        yielded: jobs that made room for replicas.
+        surged: replicas that were beyond a quota until their predecessors had ended.
         faults: how often something went wrong.
         seconds: what the planner took in all.
     """
@@ -58,6 +66,9 @@ class Tally:
     steps: int = 0
     decisions: int = 0
     placed: int = 0
+    started: int = 0
+    yielded: int = 0
+    surged: int = 0
     faults: int = 0
     seconds: float = 0.0
 
@@ -71,7 +82,9 @@ class Machine:
         up: whether it is there.
         late: steps until the scheduler hears what it says.
         processes: what runs on it, by replica.
-        mail: desired states on their way to it: the step of arrival, and replicas with whether they drain.
+        tasks: likewise of jobs, by task.
+        wanted: what it was told last of tasks.
+        mail: desired states on their way to it: the step of arrival, replicas with whether they drain, tasks.
         said: its reports on their way, in the order they were sent: the step of arrival, and the report.
         heard_at: step at which it was last heard of.
     """
@@ -80,7 +93,9 @@ class Machine:
     up: bool = True
     late: int = 0
     processes: dict[str, Observed] = field(default_factory=dict)
-    mail: deque[tuple[int, dict[str, bool]]] = field(default_factory=deque)
+    tasks: dict[str, ObservedTask] = field(default_factory=dict)
+    wanted: dict[str, Order] = field(default_factory=dict)
+    mail: deque[tuple[int, dict[str, bool], dict[str, Order]]] = field(default_factory=deque)
     said: deque[tuple[int, Report]] = field(default_factory=deque)
     heard_at: int = 0
 
@@ -105,7 +120,13 @@ class Cluster:
         self._machines = {
             node.name: Machine(node) for node in (self._node(n, shape) for n, shape in enumerate(shapes))
         }
-        self.snapshot = Snapshot(BEGIN, "0", versions={version.key: version for version in VERSIONS})
+        self.snapshot = Snapshot(
+            BEGIN,
+            "0",
+            versions={version.key: version for version in VERSIONS},
+            projects=work.projects(self._random),
+        )
+        self._ledger = Ledger(self.snapshot.projects)
 
     def live(self) -> Tally:
         """Live through faults, then in peace until nothing changes.
@@ -116,6 +137,7 @@ class Cluster:
         for _ in range(self._size.steps):
             self._owners()
             self._operators()
+            self._jobs()
             self._faults()
             self._pass(peace=False)
         for machine in self._machines.values():
@@ -124,8 +146,12 @@ class Cluster:
         for name, node in self.snapshot.nodes.items():
             self._say(name, replace(node, cordoned=False, draining=False))
         quiet = 0
-        for _ in range(60):
-            quiet = 0 if self._pass(peace=True) else quiet + 1
+        for _ in range(180):
+            changed = self._pass(peace=True)
+            turns = (job.not_before for job in self.snapshot.jobs.values())
+            # A job that failed waits for its turn; nothing happens until then.
+            patient = any(turn is not None and turn >= self.snapshot.now for turn in turns)
+            quiet = 0 if changed or patient else quiet + 1
             if quiet == 3:
                 rules.in_the_end(self.snapshot)
                 return self.tally
@@ -142,11 +168,14 @@ class Cluster:
             if old is None:
                 self._uids += 1
                 now = self.snapshot.now
-                self._deploy(Deployment(name, self._spec(), now, now, uid=self._uids))
+                project = self._random.choice(work.NAMES)
+                self._deploy(Deployment(name, self._spec(), now, now, uid=self._uids, project=project))
             elif old.state is DeploymentState.DELETING:
                 continue
             elif self._random.random() < 0.15:
                 self._deploy(old.advance(DeploymentState.DELETING, self.snapshot.now))
+            elif self._random.random() < 0.1:
+                self._move(old, self._random.choice(work.NAMES))
             elif self._random.random() < 0.5:
                 # The load changed.
                 count = self._random.randint(1, self._size.replicas)
@@ -160,6 +189,23 @@ class Cluster:
                 cordoned = self._random.random() < 0.6
                 draining = cordoned and self._random.random() < 0.5
                 self._say(name, replace(node, cordoned=cordoned, draining=draining))
+        for name, project in self.snapshot.projects.items():
+            if name != work.UNBOUNDED and self._random.random() < 0.03:
+                # Below what is held, too.
+                self._put(replace(project, quota=work.quota(self._random)))
+
+    def _jobs(self) -> None:
+        """Somebody queues a job, or cancels one."""
+        for _ in range(self._size.jobs - len(self.snapshot.jobs)):
+            if self._random.random() < 0.1:
+                self._uids += 1
+                project = self._random.choice(work.NAMES)
+                made = work.job(self._random, f"j{self._uids}", project, self.snapshot.now)
+                self.snapshot = replace(self.snapshot, jobs={**self.snapshot.jobs, made.id: made})
+        for job in self.snapshot.jobs.values():
+            if self._random.random() < 0.005:
+                cancelled = replace(job, cancelling=True)
+                self.snapshot = replace(self.snapshot, jobs={**self.snapshot.jobs, job.id: cancelled})
 
     def _faults(self) -> None:
         for number, machine in enumerate(self._machines.values()):
@@ -167,12 +213,16 @@ class Cluster:
             if chance < 0.03:
                 machine.up = False
                 machine.processes.clear()
+                machine.tasks.clear()
+                machine.wanted.clear()
                 machine.mail.clear()
             elif chance < 0.05:
                 machine.late = self._random.randint(1, 12)
             elif chance < 0.06:
                 # It comes back as another machine under its name.
                 machine.processes.clear()
+                machine.tasks.clear()
+                machine.wanted.clear()
                 machine.node = self._node(number, machines.choose(self._random, machines.MIXED))
             elif chance < 0.2:
                 machine.up = True
@@ -207,6 +257,7 @@ class Cluster:
         self.tally.seconds += time.perf_counter() - began
         self._count(snapshot, changes)
         self.snapshot = rules.never(snapshot, changes)
+        self._ledger.carry_out(snapshot, changes)
         if self._step % 16 == 0 and self._plan(snapshot) != changes:
             raise rules.Breach("the same snapshot gave two plans")
         self._tell(peace=peace)
@@ -215,7 +266,7 @@ class Cluster:
     def _work(self, machine: Machine, *, peace: bool) -> None:
         """An agent does what it was told last, and says what it has."""
         while machine.mail and machine.mail[0][0] <= self._step:
-            _, desired = machine.mail.popleft()
+            _, desired, machine.wanted = machine.mail.popleft()
             processes = {id_: seen for id_, seen in machine.processes.items() if id_ in desired}
             for id_, draining in desired.items():
                 seen = processes.get(id_)
@@ -230,9 +281,10 @@ class Cluster:
                 peace or self._random.random() < 0.5
             ):
                 machine.processes[id_] = replace(seen, state=ReplicaState.READY, message="", pid=self._step)
+        machine.tasks = work.work(self._random, machine.tasks, machine.wanted, peace=peace)
         if not peace and self._random.random() < 0.1:
             return  # the message is lost
-        report = Report(machine.node, dict(machine.processes))
+        report = Report(machine.node, dict(machine.processes), tasks=dict(machine.tasks))
         # Those on one stream do not overtake each other.
         arrival = max([self._step + machine.late, *(at for at, _ in machine.said)])
         machine.said.append((arrival, report))
@@ -257,6 +309,7 @@ class Cluster:
         for replica in self.snapshot.replicas.values():
             if replica.node:
                 desired[replica.node][replica.id] = replica.state is ReplicaState.DRAINING
+        tasks = work.told(self.snapshot)
         for name, machine in self._machines.items():
             known = self.snapshot.nodes.get(name)
             if not machine.up or known is None or known.state is NodeState.LOST:
@@ -266,10 +319,10 @@ class Cluster:
             elif self._random.random() < 0.1:
                 continue
             late = 0 if peace else self._random.choice([0, 0, 0, 1, 3])
-            arrival = max([self._step + late, *(at for at, _ in machine.mail)])
-            machine.mail.append((arrival, desired[name]))
+            arrival = max([self._step + late, *(at for at, _, _ in machine.mail)])
+            machine.mail.append((arrival, desired[name], tasks.get(name, {})))
             if not peace and self._random.random() < 0.05:
-                machine.mail.append((arrival, desired[name]))
+                machine.mail.append((arrival, desired[name], tasks.get(name, {})))
 
     # -- helpers ----------------------------------------------------------------------------------
 
@@ -298,13 +351,31 @@ class Cluster:
         deployments = {**self.snapshot.deployments, deployment.name: deployment}
         self.snapshot = replace(self.snapshot, deployments=deployments)
 
+    def _move(self, deployment: Deployment, project: str) -> None:
+        """Moves a deployment, if the quota of the other project has room for it, as the API sees to."""
+        if self._ledger.may_move(self.snapshot, deployment, project):
+            moved = replace(deployment, project=project, revision=deployment.revision + 1)
+            self._ledger.move(self.snapshot, deployment, project)
+            self._deploy(moved)
+
+    def _put(self, project: Project) -> None:
+        self.snapshot = replace(self.snapshot, projects={**self.snapshot.projects, project.name: project})
+        self._ledger.bound(project)
+
     def _say(self, name: str, node: Node) -> None:
         self.snapshot = replace(self.snapshot, nodes={**self.snapshot.nodes, name: node})
 
     def _count(self, before: Snapshot, changes: Plan) -> None:
         self.tally.steps += 1
         self.tally.decisions += len(changes.nodes) + len(changes.replicas) + len(changes.deployments)
-        self.tally.placed += sum(1 for replica in changes.replicas if _newly_placed(before, replica))
+        new = [replica for replica in changes.replicas if _newly_placed(before, replica)]
+        self.tally.placed += len(new)
+        self.tally.surged += sum(replica.surge for replica in new)
+        self.tally.started += sum(job.state is JobState.STARTING for job in changes.jobs)
+        self.tally.yielded += sum(
+            job.stop is Stop.YIELD and before.jobs[job.id].state is not JobState.STOPPING
+            for job in changes.jobs
+        )
 
 
 def _newly_placed(before: Snapshot, replica: Replica) -> bool:

@@ -32,8 +32,10 @@ class Lives:
         rate = self.tally.decisions / self.tally.seconds if self.tally.seconds else 0.0
         return (
             f"{self.seeds} seeds, {self.tally.steps} passes, {self.tally.faults} faults, "
-            f"{self.tally.placed} placements, {self.tally.decisions} decisions ({rate:.0f} a second of "
-            f"planner time), {len(self.breaches)} breaches, {self.seconds:.0f} s"
+            f"{self.tally.placed} placements ({self.tally.surged} beyond a quota for a while), "
+            f"{self.tally.started} jobs started, {self.tally.yielded} made room, "
+            f"{self.tally.decisions} decisions ({rate:.0f} a second of planner time), "
+            f"{len(self.breaches)} breaches, {self.seconds:.0f} s"
         )
 
 
@@ -57,6 +59,9 @@ def run(seeds: Iterable[int], size: Size, jobs: int, say: Callable[[str], None])
         total.steps += tally.steps
         total.decisions += tally.decisions
         total.placed += tally.placed
+        total.started += tally.started
+        total.yielded += tally.yielded
+        total.surged += tally.surged
         total.faults += tally.faults
         total.seconds += tally.seconds
         if breach:

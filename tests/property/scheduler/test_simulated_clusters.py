@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 
+from penstock_scheduler.domain.job import JobState
 from penstock_scheduler.domain.planner import Plan, Snapshot, plan
+from penstock_scheduler.domain.project import NOTHING
 from penstock_scheduler.domain.replica import ReplicaState
 from performance.simulation import many
 from performance.simulation.cluster import Cluster, Size
 from performance.simulation.rules import Breach
 
-SEEDS = 32
+SEEDS = 16
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, 8))
@@ -23,6 +25,9 @@ def test_clusters_keep_every_rule_through_faults_and_settle_after_them(first: in
     # They lived: places were given, and things went wrong.
     assert lives.tally.placed > 100
     assert lives.tally.faults > 100
+    assert lives.tally.started > 50
+    assert lives.tally.yielded > 5
+    assert lives.tally.surged > 20
 
 
 def on_one_node(snapshot: Snapshot) -> Plan:
@@ -55,7 +60,20 @@ def lazy(snapshot: Snapshot) -> Plan:
     return replace(changes, replicas=tuple(replicas))
 
 
-@pytest.mark.parametrize("planner", [on_one_node, without_devices, lazy])
+def half_a_gang(snapshot: Snapshot) -> Plan:
+    """Start jobs with the first of their tasks only."""
+    changes = plan(snapshot)
+    new = {job.id for job in changes.jobs if job.state is JobState.STARTING and job.gang.least > 1}
+    return replace(changes, tasks=tuple(t for t in changes.tasks if t.job not in new or t.index == 0))
+
+
+def without_quotas(snapshot: Snapshot) -> Plan:
+    """Let every project hold what it wants."""
+    free = {name: replace(project, quota=NOTHING) for name, project in snapshot.projects.items()}
+    return plan(replace(snapshot, projects=free))
+
+
+@pytest.mark.parametrize("planner", [on_one_node, without_devices, lazy, half_a_gang, without_quotas])
 def test_a_planner_that_errs_is_found_out(planner: Callable[[Snapshot], Plan]) -> None:
     with pytest.raises(Breach):
         for number in range(5):

@@ -172,7 +172,7 @@ class Accounts:
         words = quota_words(project, held, account.project.quota, what)
         if not words:
             kept = quota_words(project, held.plus(account.reserved), account.project.quota, what)
-            words = f"{kept}, with what is kept for those that come first" if kept else f"project {project}"
+            words = f"{kept}, with what is kept for those that come first" if kept else f"that of {project}"
         return f"The quota has no room: {words}. {RAISE}"
 
     def _of(self, project: str) -> _Account:

@@ -85,6 +85,14 @@ class Usage:
             )
         )
 
+    def other_gpus(self, before: Node) -> bool:
+        """Whether a GPU that is in use is not the one of that name that the node had before."""
+        sizes = {gpu.id: gpu.memory_bytes for gpu in before.gpus}
+        return any(
+            use.holders > 0 and sizes.get(name, self.sizes.get(name)) != self.sizes.get(name)
+            for name, use in self.gpus.items()
+        )
+
 
 class Holder(Protocol):
     """A replica, or a task of a job."""
@@ -104,6 +112,24 @@ class Holder(Protocol):
     @property
     def digest(self) -> str:
         """Those of one digest share their disk."""
+
+
+def fullest(views: Iterable[Usage]) -> Usage:
+    """One node as full as in any of its views: what fits there fits in all of them."""
+    first, *others = views
+    most = first.copy()
+    # Nothing shares the disk of a bundle that only one view knows of.
+    most.bundles.clear()
+    for view in others:
+        most.cpu_millis = max(most.cpu_millis, view.cpu_millis)
+        most.memory_bytes = max(most.memory_bytes, view.memory_bytes)
+        most.disk_bytes = max(most.disk_bytes, view.disk_bytes)
+        for name, use in view.gpus.items():
+            own = most.gpus.setdefault(name, DeviceUse())
+            own.memory_bytes = max(own.memory_bytes, use.memory_bytes)
+            own.holders = max(own.holders, use.holders)
+            own.exclusive = own.exclusive or use.exclusive
+    return most
 
 
 def usage_of(node: Node, holders: Iterable[Holder]) -> Usage:
@@ -252,7 +278,8 @@ def _shortage(
     what: str, needs: int, used: int, total: int, human: Callable[[int], str]
 ) -> tuple[float, str] | None:
     free = total - used
-    if needs <= free:
+    # Where room is kept for others a view of a node may have less than nothing free.
+    if needs <= max(free, 0):
         return None
     lacks = (
         f"{human(needs - free)} {what} (needs {human(needs)}, {human(max(free, 0))} free of {human(total)})"

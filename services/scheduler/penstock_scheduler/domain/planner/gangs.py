@@ -15,10 +15,18 @@ import numpy as np
 
 from penstock_scheduler.domain.job import Gang, Job
 from penstock_scheduler.domain.planner.accounts import Accounts
-from penstock_scheduler.domain.planner.feasible import Need, Placement, Rejection, Usage, check
+from penstock_scheduler.domain.planner.feasible import (
+    Need,
+    Placement,
+    Rejection,
+    Usage,
+    check,
+    fullest,
+)
 from penstock_scheduler.domain.planner.fleet import Fleet, Numbers
 from penstock_scheduler.domain.planner.room import Future
 from penstock_scheduler.domain.planner.turns import in_turn
+from penstock_scheduler.domain.project import NOTHING, Holding
 
 MADE_ROOM = "It made room: "
 """How the message of a job begins that gave its place to a replica; kept while it waits for another."""
@@ -47,12 +55,11 @@ class _Kept:
     job: str
     usages: dict[str, Usage]
 
-    def take(self, node: str, need: Need, digest: str) -> None:
+    def take(self, seat: Placement, need: Need, digest: str) -> None:
         """Counts a task of another job that was placed beside it."""
-        usage = self.usages.get(node)
-        place = check(usage, need) if usage is not None else None
-        if usage is not None and isinstance(place, Placement):
-            usage.take(need.resources, place.devices, digest)
+        usage = self.usages.get(seat.usage.node.name)
+        if usage is not None:
+            usage.take(need.resources, seat.devices, digest)
 
 
 def need_of(gang: Gang) -> Need:
@@ -67,7 +74,7 @@ def room_for(usages: Iterable[Usage], need: Need, most: int) -> int:
     for usage in usages:
         if found >= most:
             break
-        found += len(_fill([usage.copy()], need, most - found))
+        found += len(_fill([usage], need, most - found))
     return found
 
 
@@ -119,22 +126,21 @@ class _Seats:
             if self._kept is None:
                 self._kept = self._keep(job, need)
             return
-        charges = [self._accounts.charge_at(job.gang.resources, seat) for seat in seats]
-        total = charges[0]
-        for each in charges[1:]:
-            total = total.plus(each)
-        if not self._accounts.may_hold(job.project, total):
+        total = self._charge(job, seats)
+        while not self._accounts.may_hold(job.project, total):
             # Of the GPUs that are free it would take a larger part than of the largest.
-            self._left.append((job, True))
-            return
+            seats.pop()
+            if len(seats) < job.fewest:
+                self._left.append((job, True))
+                return
+            total = self._charge(job, seats)
         self._accounts.hold(job.project, total)
         for number, seat in enumerate(seats, job.tasks_made):
             digest = f"jobs/{job.id}/tasks/{number}"
-            node = seat.usage.node.name
             self._fleet.take(seat, need, digest)
-            self._future.take(node, need, digest)
+            self._future.take(seat, need, digest)
             if self._kept is not None:
-                self._kept.take(node, need, digest)
+                self._kept.take(seat, need, digest)
         self._places[job.id] = tuple(seats)
 
     def seating(self) -> Seating:
@@ -143,8 +149,12 @@ class _Seats:
 
     def _why(self, job: Job, quota: bool) -> str:
         if quota:
-            least = self._accounts.least_charge(job.gang.resources)
-            return self._accounts.why_not(job.project, least.times(job.fewest))
+            asks = self._accounts.least_charge(job.gang.resources).times(job.fewest)
+            if self._accounts.may_hold(job.project, asks):
+                # On the places that there are it would count more than on the largest GPUs.
+                asks = self._charge(job, self._seats(need_of(job.gang), job.fewest, job.fewest))
+            if asks != NOTHING:
+                return self._accounts.why_not(job.project, asks)
         if not self._fleet.usages:
             return "No node is attached; start a worker."
         need = need_of(job.gang)
@@ -156,6 +166,12 @@ class _Seats:
         words = f"There is room for {count} of its {job.gang.tasks} tasks."
         nearest = None if count else self._fleet.closest(need)
         return words + (f" The closest, nodes/{nearest.node}, lacks {nearest.lacks}." if nearest else "")
+
+    def _charge(self, job: Job, seats: Sequence[Placement]) -> Holding:
+        total = NOTHING
+        for seat in seats:
+            total = total.plus(self._accounts.charge_at(job.gang.resources, seat))
+        return total
 
     # -- places -----------------------------------------------------------------------------------
 
@@ -174,7 +190,7 @@ class _Seats:
         for node in limited:
             row = self._fleet.row_of[node]
             if slots[row]:
-                slots[row] = min(int(slots[row]), *(room_for([u], need, most) for u in self._limits(node)))
+                slots[row] = len(_fill([self._fleet.usages[row], *self._limits(node)], need, most))
         return slots
 
     def _seats(self, need: Need, most: int, fewest: int) -> list[Placement]:
@@ -200,8 +216,7 @@ class _Seats:
         while len(found) < most and slots.any():
             row = self._next_row(slots, most - len(found), need)
             usage = self._fleet.usages[row]
-            tries = [usage.copy(), *(limit.copy() for limit in self._limits(usage.node.name))]
-            devices = _fill(tries, need, most - len(found))
+            devices = _fill([usage, *self._limits(usage.node.name)], need, most - len(found))
             found += [Placement(usage, each) for each in devices]
             slots[row] = 0
         return found
@@ -251,23 +266,22 @@ class _Seats:
             actual = self._fleet.usages[self._fleet.row_of[node]]
             views = [limit.copy() for limit in self._limits(node)] or [actual.copy()]
             # Beside what runs there, more than there is: nothing comes until it fits beside both.
-            for number, devices in enumerate(_fill([empty.get(node) or actual.copy()], need, count)):
+            for number, devices in enumerate(_fill([empty.get(node) or actual], need, count)):
                 views[0].take(need.resources, devices, f"kept {number}")
             usages[node] = views[0]
         return _Kept(job.id, usages)
 
 
 def _fill(usages: Sequence[Usage], need: Need, most: int) -> list[tuple[str, ...]]:
-    """Places up to `most` tasks in all of these views of one node; their devices in the first of them."""
+    """The devices of up to `most` tasks that fit in all of these views of one node."""
+    room = usages[0].copy() if len(usages) == 1 else fullest(usages)
     found: list[tuple[str, ...]] = []
     while len(found) < most:
-        places = [check(usage, need) for usage in usages]
-        fitting = [each for each in places if isinstance(each, Placement)]
-        if len(fitting) < len(places):
+        place = check(room, need)
+        if not isinstance(place, Placement):
             break
-        for each in fitting:
-            each.usage.take(need.resources, each.devices, f"task {len(found)}")
-        found.append(fitting[0].devices)
+        room.take(need.resources, place.devices, f"task {len(found)}")
+        found.append(place.devices)
     return found
 
 

@@ -169,7 +169,8 @@ class _Draft:
                 node = self._nodes[name] = self._refresh(known, report.node, heard_at)
                 if node is known:
                     continue  # what it holds fitted when it was placed
-                if not self._usage(node).fits_in_node():
+                usage = self._usage(node)
+                if not usage.fits_in_node() or (known is not None and usage.other_gpus(known)):
                     self._evict(name, f"nodes/{name} has less than it had; its work was placed anew.")
 
     def follow_replicas(self) -> None:

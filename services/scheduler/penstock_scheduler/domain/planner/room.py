@@ -106,13 +106,11 @@ class Future:
         self._take(node, self._changing(node), need)
         return Claim(node, tuple(job.id for job in jobs))
 
-    def take(self, node: str, need: Need, digest: str) -> None:
+    def take(self, seat: Placement, need: Need, digest: str) -> None:
         """Counts a task that was placed where something else is promised."""
-        usage = self._usages.get(node)
+        usage = self._usages.get(seat.usage.node.name)
         if usage is not None:
-            place = check(usage, need)
-            if isinstance(place, Placement):
-                usage.take(need.resources, place.devices, digest)
+            usage.take(need.resources, seat.devices, digest)
 
     # -- helpers ----------------------------------------------------------------------------------
 
