@@ -107,7 +107,13 @@ class Scheduler:
             works, self._leadership, self._hub, self._wake, policy, self.traffic, self._results
         )
         self._stream = RedisEventStream(settings.redis_url)
-        self._intake = EventIntake(self._stream, works, self._wake, lambda: self._reconciler.leading)
+        self._intake = EventIntake(
+            self._stream,
+            works,
+            self._reconciler.events_came,
+            self._wake,
+            lambda: self._reconciler.leading,
+        )
         self._aliases = AliasFollower(
             works,
             registry,

@@ -192,11 +192,11 @@ async def test_two_schedulers_that_read_the_same_events_store_each_once(store: S
 
     async def take_in() -> int:
         async with store.works() as work:
-            stored = await work.job_events.take_in(
+            taken = await work.job_events.take_in(
                 [event(number, of) for number in range(1, 101) for of in (0, 1, 9)]
             )
             await work.commit()
-        return stored
+        return taken.count
 
     counts = await asyncio.gather(*(take_in() for _ in range(4)))
     assert sorted(counts) == [0, 0, 0, 200]

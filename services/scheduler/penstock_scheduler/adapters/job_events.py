@@ -11,11 +11,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from penstock.scheduler.v1 import job_pb2
 from penstock_scheduler.adapters.rows import JobEventRow, JobRow, TaskRow
-from penstock_scheduler.domain.job import EventKind
+from penstock_scheduler.domain.job import EventKind, JobState
 from penstock_scheduler.domain.job_events import LIMITS, MAX_LOG_LINES, JobEvent, following, keep
+from penstock_scheduler.usecases.ports import TakenIn
 
 # How many events may come between two looks whether there are too many.
 _LOOK_EVERY = 250
+
+
+_ENDING = frozenset({JobState.FINALIZING.name, JobState.STOPPING.name})
 
 
 class SqlJobEvents:
@@ -24,22 +28,25 @@ class SqlJobEvents:
     def __init__(self, session: AsyncSession) -> None:
         self._session = session
 
-    async def take_in(self, events: Sequence[JobEvent]) -> int:
+    async def take_in(self, events: Sequence[JobEvent]) -> TakenIn:
         """See `JobEventStore.take_in`."""
         by_job: dict[str, dict[int, list[JobEvent]]] = defaultdict(lambda: defaultdict(list))
         for event in events:
             by_job[event.job][event.task].append(event)
-        stored = 0
         # In one order, so that two schedulers never wait for each other.
-        for job_id in sorted(by_job):
-            stored += await self._take_in(job_id, by_job[job_id])
-        return stored
+        found = [await self._take_in(job_id, by_job[job_id]) for job_id in sorted(by_job)]
+        taken = [each for each in found if each is not None]
+        return TakenIn(
+            sum(each.count for each in taken),
+            {job_id: number for each in taken for job_id, number in each.last_events.items()},
+            any(each.awaited for each in taken),
+        )
 
-    async def _take_in(self, job_id: str, by_task: dict[int, list[JobEvent]]) -> int:
+    async def _take_in(self, job_id: str, by_task: dict[int, list[JobEvent]]) -> TakenIn | None:
         # The lock makes the sequence gapless and the numbers of each task follow each other.
         row = await self._session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update())
         if row is None:
-            return 0
+            return None
         keys = tuple_(TaskRow.job, TaskRow.number).in_([(job_id, number) for number in by_task])
         known = {
             found.number: found.stored_event
@@ -56,7 +63,7 @@ class SqlJobEvents:
                     .values(stored_event=of_task[-1].number)
                 )
         if not fresh:
-            return 0
+            return None
         fresh.sort(key=lambda event: (event.time, event.task, event.number))
         kept = keep(fresh, row.log_lines)
         # The update below changes the row that was read, too.
@@ -87,7 +94,7 @@ class SqlJobEvents:
         await self._session.execute(update(JobRow).where(JobRow.id == job_id).values(changes))
         if sequence // _LOOK_EVERY != before // _LOOK_EVERY:
             await self._thin_out(job_id)
-        return len(fresh)
+        return TakenIn(len(fresh), {job_id: sequence}, row.state in _ENDING)
 
     async def _thin_out(self, job_id: str) -> None:
         """Forgets every second event of the kinds of which there are too many, but for the newest quarter."""

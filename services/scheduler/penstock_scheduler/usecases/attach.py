@@ -20,6 +20,9 @@ from penstock_scheduler.usecases.ports import Wakeup
 
 log = logging.getLogger(__name__)
 
+STORED_SECONDS = 1.5
+"""How often an agent is told what is stored of its tasks' events, if nothing else is new."""
+
 
 @dataclass(frozen=True, slots=True)
 class Desired:
@@ -125,6 +128,7 @@ class AttachHub:
         self._clock = clock
         self._heard: dict[str, _Heard] = {}
         self._wanted: dict[str, Wanted] = {}
+        self._told_at: dict[str, float] = {}
         self._closed: Unavailable | None = None
         # Which installation bears the name of each node that is not LOST; None before the database was read.
         self._owners: Mapping[str, str] | None = None
@@ -255,15 +259,21 @@ class AttachHub:
             tasks = tuple(tasks_per_node[name])
             known = self._wanted.get(name)
             # A replica's spec never changes but for draining; its state is the agent's own news.
-            same = known is not None and _gist(known.replicas) == _gist(replicas)
-            if same and known is not None and _task_gist(known.tasks) == _task_gist(tasks):
-                continue
+            if known is not None and _gist(known.replicas) == _gist(replicas):
+                before, now = _task_gist(known.tasks), _task_gist(tasks)
+                if before == now and (_stored(known.tasks) == _stored(tasks) or not self._due(name)):
+                    continue
+            self._told_at[name] = self._clock()
             # The time keeps generations growing over restarts of the scheduler.
             generation = max(known.generation + 1 if known else 1, time.time_ns() // 1000)
             self._wanted[name] = wanted = Wanted(generation, replicas, tasks)
             heard = self._heard.get(name)
             if heard is not None and heard.session is not None:
                 heard.session.tell(wanted)
+
+    def _due(self, node: str) -> bool:
+        """Whether an agent is to hear again how many events are stored: it needs that to clear up only."""
+        return self._clock() - self._told_at.get(node, float("-inf")) >= STORED_SECONDS
 
     def follow(self, leading: bool) -> None:
         """Opens the door while this scheduler leads; ends every stream when another one does."""
@@ -280,6 +290,7 @@ class AttachHub:
             # What was heard and told grows old while another scheduler leads.
             self._heard.clear()
             self._wanted.clear()
+            self._told_at.clear()
             self._owners = None
             self._informed.clear()
 
@@ -299,7 +310,11 @@ def _gist(desired: tuple[Desired, ...]) -> tuple[tuple[str, bool], ...]:
 
 
 def _task_gist(desired: tuple[DesiredTask, ...]) -> tuple[tuple[object, ...], ...]:
-    return tuple((d.task.id, d.task.order, d.task.stored_event, d.rendezvous) for d in desired)
+    return tuple((d.task.id, d.task.order, d.rendezvous) for d in desired)
+
+
+def _stored(desired: tuple[DesiredTask, ...]) -> tuple[int, ...]:
+    return tuple(d.task.stored_event for d in desired)
 
 
 def _tasks_by_node(snapshot: Snapshot) -> Mapping[str, list[DesiredTask]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,15 +59,23 @@ class EventIntake:
     Args:
         stream: the stream.
         works: opens transactions.
-        wakeup: told when something was stored.
+        say: told of what was stored: the last event of each job. Events come all the time, and are nothing
+            that the loop need look at.
+        wakeup: the loop, told when a job may have waited for its last events.
         leading: whether this scheduler leads.
     """
 
     def __init__(
-        self, stream: EventStream, works: Works, wakeup: Wakeup, leading: Callable[[], bool]
+        self,
+        stream: EventStream,
+        works: Works,
+        say: Callable[[Mapping[str, int]], None],
+        wakeup: Wakeup,
+        leading: Callable[[], bool],
     ) -> None:
         self._stream = stream
         self._works = works
+        self._say = say
         self._wakeup = wakeup
         self._leading = leading
 
@@ -92,9 +100,10 @@ class EventIntake:
         events = [entry.event for entry in entries if entry.event is not None]
         if events:
             async with self._works() as work:
-                stored = await work.job_events.take_in(events)
+                taken = await work.job_events.take_in(events)
                 await work.commit()
-            if stored:
+            self._say(taken.last_events)
+            if taken.awaited:
                 self._wakeup.wake()
         if entries:
             await self._stream.drop([entry.id for entry in entries])

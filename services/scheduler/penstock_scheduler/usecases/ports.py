@@ -267,11 +267,26 @@ class RolloutStore(Protocol):
         """What callers of that name got at a moment, and since when; None if nobody knows."""
 
 
+@dataclass(frozen=True, slots=True)
+class TakenIn:
+    """What became of events.
+
+    Attributes:
+        count: how many were new.
+        last_events: number of the last stored event of each job that had new ones.
+        awaited: whether one of these jobs is about to end, and may wait for them.
+    """
+
+    count: int
+    last_events: Mapping[str, int]
+    awaited: bool
+
+
 class JobEventStore(Protocol):
     """Events of jobs in the open transaction."""
 
-    async def take_in(self, events: Sequence[JobEvent]) -> int:
-        """Stores events of tasks, exactly once each, and how many of them.
+    async def take_in(self, events: Sequence[JobEvent]) -> TakenIn:
+        """Stores events of tasks, exactly once each.
 
         Of each task only what follows the last one that is stored: what comes twice, after a gap, or of a
         task that nobody knows is passed over.
@@ -520,6 +535,7 @@ __all__ = [
     "ResultStore",
     "RolloutStore",
     "Stored",
+    "TakenIn",
     "Uses",
     "Wakeup",
     "Work",

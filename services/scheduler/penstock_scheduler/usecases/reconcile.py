@@ -163,6 +163,14 @@ class Reconciler:
             return
         self._publish(snapshot, stored.job_marks)
 
+    def events_came(self, last_events: Mapping[str, int]) -> None:
+        """Lets watchers of jobs look at events that were stored, without a pass."""
+        marks = dict(self.jobs.get() or {})
+        for job_id, number in last_events.items():
+            if job_id in marks:
+                marks[job_id] = replace(marks[job_id], last_event=max(marks[job_id].last_event, number))
+        self.jobs.set(marks)
+
     def _notice_pause(self) -> None:
         """Begins all leases anew if this process was paused or starved.
 
