@@ -27,6 +27,8 @@ from penstock.queue.v1 import envelope_pb2 as envelope
 from penstock.registry.v1 import model_pb2, registry_service_pb2, registry_service_pb2_grpc, version_pb2
 from penstock.scheduler.v1 import (
     deployment_pb2,
+    job_pb2,
+    job_service_pb2_grpc,
     routing_service_pb2,
     routing_service_pb2_grpc,
     scheduler_service_pb2,
@@ -122,6 +124,16 @@ class Replica:
         self._ending.set()
         self._thread.join(PATIENCE_SECONDS)
         self._reader.leave()
+
+
+class _Jobs(job_service_pb2_grpc.JobServiceServicer):
+    """One job, whose three events come one after the other."""
+
+    async def WatchJobEvents(self, request: Any, context: Any) -> AsyncIterator[job_pb2.JobEvent]:
+        if request.name != "jobs/fit":
+            raise NotFound(f"There is no {request.name}.")
+        for number in (1, 2, 3):
+            yield job_pb2.JobEvent(task=f"{request.name}/tasks/0", number=number, sequence=number)
 
 
 class World(
@@ -245,6 +257,9 @@ class World(
             scheduler_service_pb2_grpc.add_SchedulerServiceServicer_to_server,
             self,
             "penstock.scheduler.v1.SchedulerService",
+        )
+        server.add(
+            job_service_pb2_grpc.add_JobServiceServicer_to_server, _Jobs(), "penstock.scheduler.v1.JobService"
         )
         server.add(
             registry_service_pb2_grpc.add_RegistryServiceServicer_to_server,

@@ -15,12 +15,13 @@ from grpc_reflection.v1alpha import reflection_pb2
 from penstock.gateway.v1 import gateway_service_pb2
 from penstock.oip.v2 import inference_pb2 as oip
 from penstock.registry.v1 import registry_service_pb2 as registry
-from penstock.scheduler.v1 import deployment_pb2, scheduler_service_pb2
+from penstock.scheduler.v1 import deployment_pb2, job_pb2, job_service_pb2, scheduler_service_pb2
 from support.gateway_world import GatewayProcess, World
 
 OIP = "/inference.GRPCInferenceService/"
 REGISTRY = "/penstock.registry.v1.RegistryService/"
 SCHEDULER = "/penstock.scheduler.v1.SchedulerService/"
+JOBS = "/penstock.scheduler.v1.JobService/"
 
 
 def call(channel: grpc.aio.Channel, path: str, answer: Any) -> Any:
@@ -134,6 +135,19 @@ async def test_client_and_server_streams_pass(channel: grpc.aio.Channel) -> None
     assert b"".join(got) == 12 * chunk
 
 
+async def test_events_of_jobs_pass_to_their_end(channel: grpc.aio.Channel) -> None:
+    watch = channel.unary_stream(
+        JOBS + "WatchJobEvents",
+        request_serializer=job_service_pb2.WatchJobEventsRequest.SerializeToString,
+        response_deserializer=job_pb2.JobEvent.FromString,
+    )
+    request = job_service_pb2.WatchJobEventsRequest(name="jobs/fit")
+    assert [event.number async for event in watch(request, timeout=30)] == [1, 2, 3]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await watch(job_service_pb2.WatchJobEventsRequest(name="jobs/no"), timeout=30).read()
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
 async def test_a_watch_goes_on_until_its_caller_leaves(channel: grpc.aio.Channel, world: World) -> None:
     world.deployments["deployments/seen"] = deployment_pb2.Deployment(name="deployments/seen", revision=1)
     watch = channel.unary_stream(
@@ -160,7 +174,10 @@ async def test_reflection_gives_usable_descriptors(channel: grpc.aio.Channel) ->
         assert {
             "inference.GRPCInferenceService",
             "penstock.registry.v1.RegistryService",
+            "penstock.registry.v1.ArtifactService",
             "penstock.scheduler.v1.SchedulerService",
+            "penstock.scheduler.v1.JobService",
+            "penstock.scheduler.v1.ProjectService",
             "penstock.gateway.v1.GatewayService",
             "grpc.health.v1.Health",
         } <= names
