@@ -10,6 +10,7 @@ from google.protobuf import json_format
 
 from penstock.names import short_artifact
 from penstock.registry.v1 import artifact_pb2
+from penstock.traffic import counted
 from penstock_cli.output import ago, pairs, print_facts, print_table, say, size, state
 
 _BAR_WIDTH = 40
@@ -36,7 +37,7 @@ def show_dataset(artifact: artifact_pb2.Artifact) -> None:
             ("licence", known.get("license", "")),
             ("source", known.get("source", "")),
             ("labels", pairs(artifact.labels)),
-            ("size", f"{size(artifact.size_bytes)} in {len(artifact.files):,} files"),
+            ("size", f"{size(artifact.size_bytes)} in {counted(len(artifact.files), 'file')}"),
             ("digest", artifact.digest),
             ("made by", artifact.job),
             ("pushed", " by ".join(filter(None, (ago(artifact.create_time), artifact.created_by)))),

@@ -9,9 +9,9 @@ What nobody can answer now is asked again, after as long as the answer said; if 
 refuses is halved until the row is found that it cannot take; that row is kept with the error. More than one
 refused row in a hundred (and more than one at all) ends the job: then the data do not fit the model.
 
-An online request goes before all rows that wait here, but not before those that the model is computing. So
-without `request_rows` a request has no more rows, up to `DEFAULT_REQUEST_ROWS`, than the model answers in
-twice the time of one row and `LONGER_SECONDS`; that is tried out first, a few calls at a time.
+An online request goes before all rows that wait here, but not before those that the model is computing or has
+taken up next. So without `request_rows` it is tried out first how many rows the model answers in twice the
+time of one and `LONGER_SECONDS`, and all requests that are under way together have twice as many at most.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ MOST_REFUSED_PERCENT = 1
 LONGER_SECONDS = 0.005
 # Calls of each size that are tried; the fastest counts, as others may have been waiting.
 TRIALS = 3
+MOST_TRIED_ROWS = 256
 STATE = "state.json"
 
 _RETRIED = frozenset(
@@ -273,11 +274,13 @@ class _Prediction:
             return min(self._request_rows, most)
         version = _version(asking.target)
         if version not in self._sizes:
-            self._sizes[version] = await self._tried_size(asking, min(DEFAULT_REQUEST_ROWS, most))
+            quick = await self._quick_rows(asking, min(MOST_TRIED_ROWS, most))
+            size = min(max(1, 2 * quick // self._concurrency), DEFAULT_REQUEST_ROWS, most)
+            self._sizes[version] = size
             self._context.log(f"{version}: {self._sizes[version]} rows a request")
         return self._sizes[version]
 
-    async def _tried_size(self, asking: _Asking, most: int) -> int:
+    async def _quick_rows(self, asking: _Asking, most: int) -> int:
         """Return the largest power of two of rows that are answered nearly as soon as one; see the module."""
         bound, size, rows = 0.0, 1, self._book.state.rows
         while size <= min(most, rows):
@@ -289,13 +292,13 @@ class _Prediction:
                     await self._caller.call(asking.target, inputs, [])
                 except PenstockError:
                     # What it means is found out when the row's turn comes.
-                    return size
+                    return most
                 fastest = min(fastest, time.monotonic() - began)
             if bound and fastest > bound:
                 return size // 2
             bound = bound or 2 * fastest + LONGER_SECONDS
             size *= 2
-        return size // 2
+        return max(1, size // 2)
 
     async def _watch(self, asking: _Asking, chunk: int) -> None:
         """Say how far it is, and stop when asked to."""
