@@ -164,6 +164,21 @@ def test_who_was_cancelled_while_it_succeeded_leaves_nothing_behind() -> None:
     assert "fit" not in world.snapshot.jobs
 
 
+def test_a_success_that_comes_too_late_leaves_nothing_behind_either() -> None:
+    world = JobWorld()
+    world.submit(tasks=2)
+    world.until(JobState.RUNNING)
+    world.cancel()
+    world.step(obey=False)
+    # The leading task was done before it heard of it; the other one takes its time.
+    world.say("fit/tasks/0", TaskState.SUCCEEDED, results=RESULT)
+    world.step(obey=False)
+    assert world.job().state is JobState.STOPPING
+    world.step()
+    world.step()
+    assert (world.job().state, world.job().leftovers) == (JobState.CANCELLED, RESULT)
+
+
 def test_work_that_is_done_while_it_should_make_room_is_not_done_again() -> None:
     world = JobWorld(node("n1"))
     world.submit()

@@ -197,8 +197,7 @@ class JobDraft:
                 self._failed[task.job].append((task, seen))
             if seen.state is TaskState.SUCCEEDED and task.index == 0:
                 self._done[task.job] = seen
-            elif seen.results:
-                self._made[task.job].extend(seen.results)
+            self._made[task.job].extend(seen.results)
         if task.order is Order.END:
             runs = seen is not None and seen.state in (TaskState.STARTING, TaskState.RUNNING)
             return task if runs else task.stopped(self._now, task.message if seen is None else seen.message)
@@ -365,8 +364,7 @@ class JobDraft:
         return job
 
     def _end(self, job: Job, state: JobState, why: str) -> Job:
-        done = self._done.get(job.id)
-        made = dict.fromkeys((*job.leftovers, *job.results, *(done.results if done else ())))
+        made = dict.fromkeys((*job.leftovers, *job.results))
         kept = job.results if state is JobState.SUCCEEDED else ()
         leftovers = tuple(name for name in made if name not in kept)
         report = job.report if state is JobState.SUCCEEDED else b""
