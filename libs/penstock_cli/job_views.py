@@ -122,7 +122,7 @@ def print_report(job: job_pb2.Job) -> None:
         print_front(report)
         return
     points = report.pop("points", None)
-    print_facts(_flat({key: value for key, value in report.items() if key != "kind"}))
+    print_facts(_flat({key: report[key] for key in sorted(report) if key != "kind"}))
     if isinstance(points, list):
         say("")
         print_table(
