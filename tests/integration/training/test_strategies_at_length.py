@@ -1,0 +1,137 @@
+"""Each strategy trains each architecture at 2 and 4 ranks to what one process comes to.
+
+Prints the table of parity that services/worker/README.md has (`pytest -s`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.strategy_ranks import MODELS, Case, Result, alone, difference, together
+
+pytestmark = pytest.mark.training
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {"name": "ddp"},
+    "fsdp": {"name": "fsdp"},
+    "pipeline": {"name": "pipeline"},
+    "tensor_parallel": {"name": "tensor_parallel"},
+    "parameter_server": {"name": "parameter_server"},
+}
+# What float32 allows: sums in other orders. AdamW makes a step of full size out of gradients that are 0 but
+# for rounding (the bias of an attention's keys), so weights of transformers differ by a part of its rate.
+TOLERANCE = {"mlp": 1e-5, "cnn": 1e-5, "vit": 1e-3, "transformer": 1e-3, "gpt": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def singles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Result, Result]]:
+    """What one process comes to: after few steps, and after many."""
+    root = tmp_path_factory.mktemp("singles")
+    return {model: (alone(few(model), root), alone(many(model), root)) for model in MODELS}
+
+
+def few(model: str) -> Case:
+    return Case(model=model, steps=30, clip=1.0)
+
+
+def many(model: str) -> Case:
+    return Case(
+        model=model, steps=100, batch_size=64, clip=1.0, options={"lr": 1e-2 if model != "gpt" else 3e-3}
+    )
+
+
+def spread(case: Case, ranks: int, name: str) -> Case:
+    spec = dict(STRATEGIES[name])
+    if name == "parameter_server" and ranks == 4:
+        spec["servers"] = 2
+    return replace(case, strategy=spec)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_architecture_comes_to_the_weights_and_the_quality_of_one_process(
+    ranks: int, name: str, singles: dict[str, tuple[Result, Result]], tmp_path: Path
+) -> None:
+    models = list(MODELS)
+    cases = [spread(make(model), ranks, name) for model in models for make in (few, many)]
+    results = together(tmp_path, ranks, cases, timeout=280)
+    for model, short, long in zip(models, results[::2], results[1::2], strict=True):
+        assert short.failure is None, short.failure
+        found = difference(short.weights, singles[model][0].weights)
+        quality = f"{long.accuracy:.4f} | {singles[model][1].accuracy:.4f}"
+        print(f"| {name} | {ranks} | {model} | {found:.1e} | {quality} |")
+        assert found < TOLERANCE[model], (model, found)
+        assert long.accuracy == pytest.approx(singles[model][1].accuracy, abs=0.03), model
+
+
+@pytest.mark.timeout(200)
+def test_a_training_goes_on_with_other_strategies_at_other_numbers_of_ranks(tmp_path: Path) -> None:
+    # From one checkpoint to the next: who saved it, and how many they were, does not matter.
+    legs = [("fsdp", 4), ("ddp", 2), ("tensor_parallel", 4), ("pipeline", 2), ("parameter_server", 4)]
+    start = Case(
+        model="transformer", steps=5, clip=1.0, optimizer="SGD", options={"lr": 0.05, "momentum": 0.9}
+    )
+    load = ""
+    for number, (name, ranks) in enumerate(legs):
+        save = str(tmp_path / f"checkpoint {number}")
+        (result,) = together(
+            tmp_path / f"leg {number}", ranks, [replace(spread(start, ranks, name), load=load, save=save)]
+        )
+        assert result.failure is None, result.failure
+        load = save
+    result = alone(replace(start, load=load), tmp_path)
+    expected = alone(replace(start, steps=5 * (len(legs) + 1)), tmp_path)
+    assert difference(result.weights, expected.weights) < 1e-4
+
+
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_no_worker_is_further_ahead_than_the_staleness_and_the_fastest_uses_it(
+    staleness: int, tmp_path: Path
+) -> None:
+    case = Case(
+        strategy={"name": "parameter_server", "asynchronous": True, "staleness": staleness},
+        steps=60,
+        batch_size=30,
+        slow=0.01,
+    )
+    (result,) = together(tmp_path, 4, [case])
+    assert result.failure is None
+    assert result.lead == staleness
+
+
+def test_servers_that_do_not_wait_train_as_well(tmp_path: Path) -> None:
+    spec = {"name": "parameter_server", "asynchronous": True}
+    cases = [
+        replace(many("mlp"), strategy={**spec, "servers": servers}, steps=300, options={"lr": 3e-3})
+        for servers in (1, 2)
+    ]
+    expected = alone(replace(cases[0], strategy={}), tmp_path)
+    for result in together(tmp_path / "group", 4, cases):
+        assert result.accuracy > 0.93
+        assert result.accuracy == pytest.approx(expected.accuracy, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "model", "words"),
+    [
+        ({"name": "pipeline"}, "mlp", ""),
+        ({"name": "parameter_server", "servers": 4}, "mlp", "4 of 4 ranks are servers"),
+        ({"name": "ddp"}, "mlp", "A batch of 3 rows cannot be cut into parts for 4 ranks"),
+    ],
+)
+def test_what_only_the_ranks_can_know_is_refused_by_all_of_them(
+    strategy: dict[str, Any], model: str, words: str, tmp_path: Path
+) -> None:
+    case = Case(strategy=strategy, model=model, steps=1, batch_size=3)
+    (result,) = together(tmp_path, 4, [case])
+    if not words:
+        assert result.failure is None
+        return
+    assert result.failure is not None
+    assert words in result.failure[0]
+    assert result.failure[1] == "INVALID_RECIPE"
