@@ -1,7 +1,9 @@
 """What a batch prediction may ask for, and how its answers are kept."""
 
+import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,8 @@ from penstock_kit.errors import Internal, InvalidArgument
 from penstock_kit.jobs import check
 from penstock_kit.routing.model import Tensor
 from penstock_worker.adapters.batch_predict.answers import ChunkAnswers
+from penstock_worker.adapters.jobs.host import HostPolicy, TaskHost
+from penstock_worker.domain.task import DesiredTask
 
 WORK = {"deployment": "deployments/d", "dataset": "artifacts/a/versions/1", "artifact": "artifacts/b"}
 
@@ -82,3 +86,53 @@ def test_a_chunk_without_any_answer_is_kept_too(tmp_path: Path) -> None:
     chunk.refuse(10, 14, "no")
     chunk.write(tmp_path / "c.parquet")
     assert pq.read_table(tmp_path / "c.parquet")["y"].to_pylist() == [None] * 4
+
+
+class Forks:
+    """Notes what a launcher would be told."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, Any] = {}
+
+    async def start_program(self, name: str, entry: str, config: str, **_: Any) -> Any:
+        self.told = json.loads(config)
+
+
+class Devices:
+    def confine(self, devices: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+        return {}, ()
+
+
+@pytest.mark.parametrize(("kind", "told"), [("batch_predict", True), ("train", False), ("evaluate", False)])
+async def test_only_predictions_are_told_where_the_queues_are(tmp_path: Path, kind: str, told: bool) -> None:
+    forks = Forks()
+    policy = HostPolicy(redis_url="redis://:secret@queues:6379", scheduler_address="scheduler:7102")
+    host = TaskHost(
+        forks=cast("Any", forks),
+        desk=cast("Any", SimpleNamespace(path="desk.sock")),
+        rooms=cast("Any", None),
+        sender=cast("Any", None),
+        registry=cast("Any", None),
+        bundles=cast("Any", None),
+        devices=cast("Any", Devices()),
+        entries={kind: "module:run"},
+        policy=policy,
+    )
+    desired = DesiredTask(
+        name="jobs/a/tasks/0",
+        job="a",
+        number=0,
+        attempt=1,
+        index=0,
+        tasks=1,
+        least_tasks=1,
+        ranks=1,
+        kind=kind,
+        spec=b"",
+        cpu_millis=500,
+        memory_bytes=1,
+        devices=("cpu",),
+    )
+    await host.launch(desired, tmp_path, "token", lambda: None)
+    assert ("secret" in json.dumps(forks.told)) == told
+    assert ("scheduler:7102" in json.dumps(forks.told)) == told
