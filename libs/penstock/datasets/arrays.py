@@ -21,6 +21,7 @@ from penstock.datasets.contents import (
 from penstock.datasets.labels import encode
 from penstock.errors import InvalidArgument
 
+MAX_BYTES = 32 << 30
 IMAGE_CHANNELS = (1, 3, 4)
 
 
@@ -82,6 +83,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
         # Opened here: numpy leaves it open if it is damaged.
         with path.open("rb") as file:
+            _check_size(path)
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise InvalidArgument(f"{path.name} is one array; save x and y with numpy.savez.")
@@ -100,6 +102,23 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
         if array.ndim == 0:
             raise InvalidArgument(f"{name!r} in {path.name} is a single value; each array needs a row axis.")
     return arrays
+
+
+def _check_size(path: Path) -> None:
+    """Return if the arrays can be held in memory: a small archive may hold a lot of zeros.
+
+    Raises:
+        InvalidArgument: They cannot.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > MAX_BYTES:
+        raise InvalidArgument(
+            f"{path.name} holds {size / 1e9:.1f} GB of arrays, more than {MAX_BYTES / 1e9:.1f} GB, and they are "
+            "read as a whole. Use parquet, which is read piece by piece."
+        )
 
 
 def _label_name(arrays: dict[str, NDArray[Any]], wanted: str) -> str:
