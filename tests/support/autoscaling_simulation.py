@@ -39,6 +39,7 @@ class Simulation:
         start_seconds: how long a replica takes to start.
         seed: of everything that chance decides.
         replicas: at the beginning.
+        profiled: what a profile says that one replica does.
         history: number of desired replicas after each second.
         waits: for each request, in order: when it came, and how long it was in the queue.
     """
@@ -51,6 +52,7 @@ class Simulation:
     start_seconds: float = 1.0
     seed: int = 1
     replicas: int = 1
+    profiled: float | None = None
     history: list[int] = field(default_factory=list)
     waits: list[tuple[float, float]] = field(default_factory=list)
 
@@ -128,6 +130,7 @@ class Simulation:
             traffic.window(*KEY, SUDDEN_SECONDS),
             ready,
             totals.latency_quantile_seconds(0.05),
+            profiled=self.profiled,
         )
         return decide(Facts(self.settings, scale, (target,), totals.arrived), memory, now)
 

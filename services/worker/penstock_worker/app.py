@@ -143,7 +143,7 @@ async def agent(
             spawn=background.spawn,
             changed=changes,
         )
-        reconciler = Reconciler(_policy(settings), surroundings)
+        reconciler = Reconciler(_policy(settings, capacity), surroundings)
         jobs = JobRegistry(registry)
         desk, events = Desk(), EventSender(settings.redis_url)
         rooms = JobRooms(data_dir / "jobs", jobs, background.spawn)
@@ -283,7 +283,7 @@ def _host_policy(settings: WorkerSettings, capacity: Capacity) -> HostPolicy:
     )
 
 
-def _policy(settings: WorkerSettings) -> ReplicaPolicy:
+def _policy(settings: WorkerSettings, capacity: Capacity) -> ReplicaPolicy:
     return ReplicaPolicy(
         redis_url=settings.redis_url,
         start_seconds=settings.worker_start_seconds,
@@ -293,4 +293,5 @@ def _policy(settings: WorkerSettings) -> ReplicaPolicy:
         log_level=settings.log_level.lower(),
         otlp_endpoint=settings.otlp_endpoint,
         scheduler_address=settings.scheduler_address,
+        device_models={device.id: device.model for device in capacity.devices},
     )

@@ -107,7 +107,7 @@ def test_classifiers_alone_and_behind_a_scaler_become_onnx(tmp_path: Path, model
     for load in (load_breast_cancer, load_wine):
         x, y = load(return_X_y=True)
         x = x.astype(np.float32)
-        dataset = save_npz(tmp_path / load.__name__, x, y)
+        dataset = save_npz(tmp_path / "data" / load.__name__, x, y)
         for name, whole in (("alone", model), ("scaled", make_pipeline(StandardScaler(), model))):
             bundle = tmp_path / load.__name__ / name
             manifest = build_skops(bundle, whole.fit(x, y), x.shape[1], len(set(y)))
@@ -158,10 +158,10 @@ def test_what_is_at_the_threshold_of_a_tree_by_another_rounding_is_not_published
     from sklearn.preprocessing import MinMaxScaler
 
     x, y = load_diabetes(return_X_y=True)
-    x = x.astype(np.float32)
-    whole = make_pipeline(MinMaxScaler(), ensemble.RandomForestRegressor(30, random_state=0)).fit(x, y)
+    forest = ensemble.RandomForestRegressor(30, random_state=0)
+    whole = make_pipeline(SimpleImputer(), MinMaxScaler(), forest).fit(x, y)
     manifest = build_skops(tmp_path / "model", whole, 10, 0)
-    dataset = save_npz(tmp_path / "data", x, y.astype(np.float32))
+    dataset = save_npz(tmp_path / "data", x.astype(np.float32), y.astype(np.float32))
     with pytest.raises(JobFailure, match=r"row \d+ of 442 has a relative difference") as failure:
         convert(tmp_path, tmp_path / "model", manifest, "onnx", dataset=dataset, rows=442)
     assert failure.value.cause == "NUMERICS"

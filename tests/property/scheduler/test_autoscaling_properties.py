@@ -65,7 +65,7 @@ def test_every_number_is_allowed_and_silence_or_a_request_never_ends_the_last_re
         assert all(rate > 0 for _, rate in decided.capacities)
         if not facts.known:
             assert decided == scale
-        if facts.waiting:
+        elif facts.waiting:
             assert decided.desired > 0
         if 0 < decided.desired < scale.desired:
             # Fewer only after a whole cool-down, and never fewer than any moment of it asked for.

@@ -36,6 +36,34 @@ def test_ten_times_the_load_at_once_is_served_as_it_should_within_ten_seconds(
     assert all(second < 70 for second in late), late
 
 
+def first_step(profiled: float | None, seed: int) -> Simulation:
+    """One replica of 100 a second that never was measured, and 450 a second come from second 15 on."""
+    return Simulation(
+        SETTINGS,
+        rate=lambda at: 20.0 if at < 15 else 450.0,
+        capacity=100.0,
+        random_service=True,
+        seed=seed,
+        profiled=profiled,
+    ).run(40)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_profile_is_what_a_replica_is_believed_to_do_until_that_is_measured(seed: int) -> None:
+    known, unknown = first_step(200.0, seed), first_step(None, seed)
+    assert unknown.history[15] == 1
+    assert known.history[15] >= 3
+    assert known.history[-1] <= unknown.history[-1]
+
+
+@pytest.mark.parametrize("profiled", [10.0, 10_000.0])
+def test_a_profile_that_is_wrong_by_far_is_forgotten_once_a_replica_was_measured(profiled: float) -> None:
+    known, unknown = first_step(profiled, 1), first_step(None, 1)
+    assert known.history[14] <= 2
+    assert abs(known.history[-1] - unknown.history[-1]) <= 2
+    assert all(second < 25 for second in known.late_seconds() if second >= 15)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(("capacity", "mean"), [(20, 60), (5, 20)])
 def test_a_wave_moves_hardly_more_replicas_than_it_must(capacity: float, mean: float, seed: int) -> None:

@@ -155,6 +155,7 @@ class ReplicaSpec(_message.Message):
     QUEUE_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     HANDED_OVER_FIELD_NUMBER: _builtins.int
+    PROFILES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Required. replicas/{replica}."""
     deployment: _builtins.str
@@ -189,6 +190,12 @@ class ReplicaSpec(_message.Message):
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Required. Devices of the node it may use."""
 
+    @_builtins.property
+    def profiles(self) -> _containers.RepeatedCompositeFieldContainer[_version_pb2.DeviceProfile]:
+        """Optional. What was measured of the version before it was first deployed, by kind of device: what its batches start
+        from.
+        """
+
     def __init__(
         self,
         *,
@@ -204,10 +211,11 @@ class ReplicaSpec(_message.Message):
         queue: _builtins.str = ...,
         draining: _builtins.bool = ...,
         handed_over: _builtins.bool = ...,
+        profiles: _abc.Iterable[_version_pb2.DeviceProfile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "manifest", b"manifest", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "deployment", b"deployment", "devices", b"devices", "digest", b"digest", "draining", b"draining", "files", b"files", "handed_over", b"handed_over", "manifest", b"manifest", "name", b"name", "queue", b"queue", "resources", b"resources", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batching", b"batching", "deployment", b"deployment", "devices", b"devices", "digest", b"digest", "draining", b"draining", "files", b"files", "handed_over", b"handed_over", "manifest", b"manifest", "name", b"name", "profiles", b"profiles", "queue", b"queue", "resources", b"resources", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,10 @@ def version_from_message(message: version_pb2.Version) -> Version:
         steps=steps_from_proto(manifest.ensemble),
         metrics=tuple(sorted(manifest.metrics.items())),
         kind=model_type(manifest, f"{key.model}:{key.number}"),
+        profiles=tuple(
+            (profile.device, max((point.rows_per_second for point in profile.points), default=0.0))
+            for profile in message.profiles
+        ),
         document=kept.SerializeToString(deterministic=True),
     )
 

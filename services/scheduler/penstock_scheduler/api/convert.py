@@ -268,6 +268,7 @@ def replica_spec(desired: Desired) -> replica_pb2.ReplicaSpec:
         queue=queue_name(replica.deployment, replica.version.number, replica.digest),
         draining=desired.draining,
         handed_over=desired.handed_over,
+        profiles=document.profiles,
     )
 
 

@@ -37,6 +37,8 @@ class Version:
         measured_memory_bytes: the most memory that a READY replica of it was seen to use; 0 if none was.
         metrics: what its manifest records of how good it is, by name.
         kind: what it takes and gives; None if unknown.
+        profiles: requests of one row a second that one replica did in a profile, by the maker's name of the
+            device.
         document: the registry's message, serialized; opaque to the domain.
     """
 
@@ -50,4 +52,5 @@ class Version:
     metrics: tuple[tuple[str, float], ...] = ()
     kind: ModelType | None = None
     measured_memory_bytes: int = 0
+    profiles: tuple[tuple[str, float], ...] = ()
     document: bytes = field(default=b"", repr=False)

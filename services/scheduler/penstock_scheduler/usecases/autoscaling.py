@@ -131,6 +131,7 @@ class Autoscaler:
                     ready.get(version, 0),
                     None if totals == NO_COUNTS else totals.latency_quantile_seconds(_FASTEST),
                     max(1, batch),
+                    _profiled(snapshot, version),
                 )
             )
         scale = deployment.scale or Scale(deployment.desired_replicas)
@@ -147,6 +148,13 @@ def _called(snapshot: Snapshot) -> frozenset[str]:
         for target in spec.targets
         for step in snapshot.versions[target.version].steps
     )
+
+
+def _profiled(snapshot: Snapshot, version: VersionKey) -> float | None:
+    """What one replica did in a profile, on the slowest kind of device that the cluster has."""
+    models = {device.model for node in snapshot.nodes.values() for device in node.devices}
+    found = [rate for device, rate in snapshot.versions[version].profiles if device in models]
+    return min(found, default=None)
 
 
 def _versions(deployment: Deployment, snapshot: Snapshot) -> Mapping[VersionKey, int]:

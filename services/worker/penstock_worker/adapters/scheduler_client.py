@@ -163,6 +163,10 @@ def _desired(spec: replica_pb2.ReplicaSpec) -> DesiredReplica:
         queue=spec.queue,
         draining=spec.draining,
         handed_over=spec.handed_over,
+        curves=tuple(
+            (profile.device, tuple((point.batch_size, point.p50_seconds) for point in profile.points))
+            for profile in spec.profiles
+        ),
     )
 
 

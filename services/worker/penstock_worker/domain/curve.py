@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 
 # Of a new measurement in the running average of its size.
 _WEIGHT = 0.2
@@ -17,12 +18,23 @@ class LatencyCurve:
         max_rows: Rows in one call at most.
         seconds_of_one: Time of a call with one row, as the warm-up measured it; 0 if unknown.
         seconds_of_max: Time of a full one.
+        profile: Rows, rising, and seconds, as they were measured on this kind of device at another time. What
+            is measured here moves them; until then they are better than a line between one row and all.
     """
 
-    def __init__(self, max_rows: int, seconds_of_one: float = 0.0, seconds_of_max: float = 0.0) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        seconds_of_one: float = 0.0,
+        seconds_of_max: float = 0.0,
+        profile: Sequence[tuple[int, float]] = (),
+    ) -> None:
         self._max_rows = max_rows
         self._rows: list[int] = []
         self._seconds: list[float] = []
+        for rows, seconds in profile:
+            if rows <= max_rows:
+                self.measured(rows, seconds)
         if seconds_of_one and seconds_of_max:
             self.measured(1, seconds_of_one)
             if max_rows > 1:

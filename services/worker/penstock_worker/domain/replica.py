@@ -20,7 +20,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from typing import Any
+from typing import Any, TypeAlias
+
+Curve: TypeAlias = tuple[tuple[int, float], ...]
+"""Rows in one call, rising, and its seconds."""
 
 
 class ProcessState(enum.Enum):
@@ -96,6 +99,8 @@ class ReplicaConfig:
     """How long it may go on answering after SIGTERM."""
     scheduler_address: str = ""
     """Where the scheduler listens, for models that call others; empty if that is not known."""
+    curve: Curve = ()
+    """How long calls take by their rows, as a profile on such a device measured it; empty if none did."""
 
     def to_json(self) -> str:
         """Writes the configuration as one line of JSON."""
@@ -112,6 +117,7 @@ class ReplicaConfig:
             fields: dict[str, Any] = json.loads(text)
             fields["batching"] = BatchingPolicy(**fields["batching"])
             fields["devices"] = tuple(fields["devices"])
+            fields["curve"] = tuple((int(rows), float(seconds)) for rows, seconds in fields["curve"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"Not a replica configuration: {error}") from error

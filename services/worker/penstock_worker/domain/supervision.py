@@ -16,7 +16,7 @@ import enum
 import signal
 from typing import Protocol
 
-from penstock_worker.domain.replica import BatchingPolicy
+from penstock_worker.domain.replica import BatchingPolicy, Curve
 
 FIRST_PAUSE_SECONDS = 0.1
 LAST_PAUSE_SECONDS = 30.0
@@ -114,12 +114,22 @@ class DesiredReplica:
     """Finish what is queued, take nothing new, then end."""
     handed_over: bool = False
     """With `draining`: others read the same queue, so finish only what was begun."""
+    curves: tuple[tuple[str, Curve], ...] = ()
+    """What was measured of the version, by the maker's name of the device."""
 
     def same_process(self, other: DesiredReplica) -> bool:
-        """Tell whether a process started for the one serves the other: only how it ends may differ."""
-        return dataclasses.replace(self, draining=False, handed_over=False) == dataclasses.replace(
-            other, draining=False, handed_over=False
-        )
+        """Tell whether a process started for the one serves the other.
+
+        Only how it ends, and what it would start from, may differ.
+        """
+        return self._process() == other._process()
+
+    def _process(self) -> DesiredReplica:
+        return dataclasses.replace(self, draining=False, handed_over=False, curves=())
+
+    def curve_on(self, device: str) -> Curve:
+        """Return what was measured on a kind of device; empty if nothing was."""
+        return dict(self.curves).get(device, ())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -142,6 +142,7 @@ def _serving(
         seconds_of_one=loaded.seconds_of_one,
         seconds_of_max=loaded.seconds_of_max,
         drain_seconds=config.drain_seconds,
+        profile=config.curve,
     )
 
 

@@ -25,6 +25,7 @@ from penstock_kit.queue.ports import Reader
 from penstock_worker.domain.batching import BatchQueue
 from penstock_worker.domain.curve import LatencyCurve
 from penstock_worker.domain.pacing import Pacer, Policy
+from penstock_worker.domain.replica import Curve
 from penstock_worker.hotpath.answering import Answering
 from penstock_worker.hotpath.execution import Call, Executor, Outcome, Work, expired, late
 from penstock_worker.hotpath.intake import Batch, Intake, Waiting
@@ -64,6 +65,7 @@ class Serving:
         seconds_of_max: Time of a full batch, as the warm-up measured it.
         seconds_of_one: Time of one row.
         drain_seconds: How long it may go on after `stop`.
+        profile: How long calls take by their rows, as it was measured before on this kind of device.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Serving:
         seconds_of_one: float,
         seconds_of_max: float,
         drain_seconds: float,
+        profile: Curve = (),
     ) -> None:
         self._reader = reader
         self._executor = executor
@@ -92,7 +95,7 @@ class Serving:
         self._last_request = 0.0
         self._slow_calls = 0
         self._failure: BaseException | None = None
-        curve = LatencyCurve(executor.max_rows, seconds_of_one, seconds_of_max)
+        curve = LatencyCurve(executor.max_rows, seconds_of_one, seconds_of_max, profile)
         self._pacer = Pacer(curve, executor.max_rows, objective_seconds)
         self._intake: Intake | None = None
         # The least time from a gateway's clock to ours that was seen: what clocks differ, and the way.

@@ -10,7 +10,7 @@ import math
 import secrets
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,9 @@ LAST_RECLAIM_PAUSE_SECONDS = 2.0
 LOG_LINES = 8
 LOG_CHARACTERS = 800
 
+# The device of replicas that were given none.
+_CPU = "cpu"
+
 T = TypeVar("T")
 
 
@@ -61,6 +64,8 @@ class ReplicaPolicy:
     log_level: str = "info"
     otlp_endpoint: str = ""
     scheduler_address: str = ""
+    device_models: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Maker's names of the node's devices."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -328,6 +333,7 @@ class ReplicaKeeper:
             otlp_endpoint=self._policy.otlp_endpoint,
             drain_seconds=self._policy.drain_seconds,
             scheduler_address=self._policy.scheduler_address,
+            curve=desired.curve_on(self._policy.device_models.get(next(iter(desired.devices), _CPU), "")),
         )
 
     async def _unless_ending(self, work: Coroutine[Any, Any, T]) -> T | None:

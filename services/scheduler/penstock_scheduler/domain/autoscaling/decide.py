@@ -46,6 +46,10 @@ _SATURATED = 0.92
 _FEW_ANSWERS = 20
 # Requests that wait this long on end are a queue; one look may meet a batch.
 _QUEUE_SECONDS = 0.9
+# A replica also reads, decodes and answers, its batches are not always full, and requests may have several
+# rows: so much of a profile is counted on. Too little costs a replica for one cool-down, too much a queue
+# until it is measured.
+_PROFILE_SHARE = 0.5
 # What was measured of a replica is stored anew when it moved by more than this.
 _NEWS = 0.1
 
@@ -61,6 +65,8 @@ class Target:
         ready: replicas that answer now.
         fastest_seconds: how long the fastest twentieth of its answers took; None before any.
         max_batch_size: requests that one replica computes at once, at least 1.
+        profiled: requests of one row a second that one replica did in a profile on such a device; None if
+            none was made.
     """
 
     version: VersionKey
@@ -69,6 +75,15 @@ class Target:
     ready: int = 0
     fastest_seconds: float | None = None
     max_batch_size: int = 1
+    profiled: float | None = None
+
+    @property
+    def estimate(self) -> float | None:
+        """What one replica is believed to answer a second until that is measured; None if nobody can say."""
+        if not self.profiled:
+            return None
+        seen = self.recent.answers_per_second / max(self.ready, 1)
+        return max(_PROFILE_SHARE * self.profiled, seen)
 
     @property
     def recent(self) -> Window:
@@ -235,7 +250,7 @@ def _needed(facts: Facts, target: Target, memory: Memory, now: float) -> int:
     """Replicas that what comes now asks for."""
     settings = facts.settings
     least = 1 if target.sudden.waiting_for_replica and not target.ready else 0
-    capacity = memory.capacities.get(target.version)
+    capacity = memory.capacities.get(target.version) or target.estimate
     if capacity is None:
         return least
     sudden, steady = target.sudden, target.steady
