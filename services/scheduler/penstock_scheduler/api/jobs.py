@@ -26,6 +26,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 DEFAULT_EVENTS_PAGE = 1000
 MAX_EVENTS_PAGE = 10_000
+MAX_PAGE_BYTES = 4 * 1024 * 1024
+"""A page ends here, however many events were asked for: lines of logs may be long."""
 _STATES = {state.value: state for state in JobState}
 
 
@@ -93,9 +95,14 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         size = request.page_size or DEFAULT_EVENTS_PAGE
         job = names.parse_job(request.parent)
         found = await self._events.page(job, request.after, size + 1, _kinds(request.kinds))
-        return pb.ListJobEventsResponse(
-            events=[event_to_message(event) for event in found[:size]], more=len(found) > size
-        )
+        page: list[job_pb2.JobEvent] = []
+        room = MAX_PAGE_BYTES
+        for event in found[:size]:
+            room -= len(event.document)
+            if page and room < 0:
+                break
+            page.append(event_to_message(event))
+        return pb.ListJobEventsResponse(events=page, more=len(found) > len(page))
 
     async def WatchJobEvents(
         self, request: pb.WatchJobEventsRequest, context: Context
