@@ -211,3 +211,21 @@ async def test_the_stream_is_read_by_the_scheduler_that_leads_alone(
         assert [event.number for event in found] == list(range(1, 40))
     finally:
         await second.stop()
+
+
+@pytest.mark.training
+async def test_a_page_of_long_lines_ends_before_it_is_too_large_to_send(running: Any, sender: Sender) -> None:
+    client = running.client()
+    await sender.send(*(line(number, "x" * 4000) for number in range(1, 1201)))
+    await client.until_job(lambda job: job.last_event == 1200)
+    numbers: list[int] = []
+    more = True
+    while more:
+        request = job_service_pb2.ListJobEventsRequest(
+            parent="jobs/fit", page_size=10_000, after=len(numbers)
+        )
+        page = await client.jobs.ListJobEvents(request)
+        assert page.ByteSize() < 5 * 1024 * 1024
+        numbers += [event.number for event in page.events]
+        more = page.more
+    assert numbers == list(range(1, 1201))
