@@ -64,13 +64,17 @@ class Pipeline:
         story: Tells of it.
         wishes: What it is to do.
         live: Draw jobs while they run.
+        quiet: Print nothing beside the story.
     """
 
-    def __init__(self, client: Client, story: Story, wishes: Wishes, *, live: bool) -> None:
+    def __init__(
+        self, client: Client, story: Story, wishes: Wishes, *, live: bool, quiet: bool = False
+    ) -> None:
         self._client = client
         self._story = story
         self._wishes = wishes
         self._live = live
+        self._quiet = quiet
         self._dataset = ""
         self._jobs: list[str] = []
 
@@ -246,7 +250,7 @@ class Pipeline:
     def _show_lineage(self, version: version_pb2.Version) -> None:
         self._story.act("Where it comes from")
         self._story.command(f"penstock lineage {parse_version(version.name)}")
-        if self._live:
+        if not self._quiet:
             print_lineage(self._client.get_version(version.name), self._client.get_lineage(version.name))
 
     def _work(self, job: job_pb2.Job) -> job_pb2.Job:

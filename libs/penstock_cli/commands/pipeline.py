@@ -93,6 +93,7 @@ def pipeline(
         wishes.compress.search.budget.FromNanoseconds(round(seconds("--budget", budget) * 1e9))
     with connect(endpoint) as client:
         story = Story(console(stderr=json))
-        outcome = Pipeline(client, story, wishes, live=sys.stdout.isatty() and not json).run()
+        live = sys.stdout.isatty() and not json
+        outcome = Pipeline(client, story, wishes, live=live, quiet=json).run()
     if json:
         print_json(outcome)
