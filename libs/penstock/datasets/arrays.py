@@ -116,8 +116,8 @@ def _check_size(path: Path) -> None:
         size = sum(entry.file_size for entry in archive.infolist())
     if size > MAX_BYTES:
         raise InvalidArgument(
-            f"{path.name} holds {size / 1e9:.1f} GB of arrays, more than {MAX_BYTES / 1e9:.1f} GB, and they are "
-            "read as a whole. Use parquet, which is read piece by piece."
+            f"{path.name} holds {size / 1e9:.1f} GB of arrays, more than {MAX_BYTES / 1e9:.1f} GB, and they "
+            "are read as a whole. Use parquet, which is read piece by piece."
         )
 
 

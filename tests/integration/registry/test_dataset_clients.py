@@ -137,8 +137,11 @@ async def test_the_command_line_speaks_of_datasets(
     monkeypatch.chdir(tmp_path)
     assert await cli(endpoint) == 0
     assert "penstock datasets push" in capsys.readouterr().err
-    assert await cli(endpoint, "push", "sklearn:wine", "--label", "kind=toy") == 0
-    assert "Pushed wine:1 (csv, 13.5 kB): 178 rows, 3 classes, tabular." in capsys.readouterr().out
+    rows = "".join(f"{row},{row * 0.5},{row % 3},class_{row % 3}\n" for row in range(178))
+    (tmp_path / "wine.csv").write_text("alcohol,ash,hue,label\n" + rows)
+    licence = ("--license", "CC-BY-4.0", "--label", "kind=toy")
+    assert await cli(endpoint, "push", "wine.csv", *licence) == 0
+    assert "Pushed wine:1 (csv, 3.3 kB): 178 rows, 3 classes, tabular." in capsys.readouterr().out
     source = str(folder(tmp_path) / "data.npz")
     assert await cli(endpoint, "push", source, "--name", "toy", "--license", "MIT", "--json") == 0
     assert json.loads(capsys.readouterr().out)["description"]["rows"] == 30
@@ -149,13 +152,16 @@ async def test_the_command_line_speaks_of_datasets(
     assert "kind=toy" in listed
     assert await cli(endpoint, "wine") == 0
     shown = capsys.readouterr().out
-    assert "alcalinity_of_ash" in shown
+    assert "alcohol" in shown
     assert "class_1" in shown
     assert "████" in shown
     assert "CC-BY-4.0" in shown
-    assert await cli(endpoint, "push", "sklearn:diabetes") == 0
-    assert await cli(endpoint, "show", "diabetes") == 0
-    assert "25 … 41.05" in capsys.readouterr().out
+    assert (
+        await cli(endpoint, "push", "wine.csv", "--name", "ash", "--label-column", "ash", "--feature", "hue")
+        == 0
+    )
+    assert await cli(endpoint, "show", "ash") == 0
+    assert "0 … 4.425" in capsys.readouterr().out
     assert await cli(endpoint, "push", "corpus:python-topics", "--name", "topics") == 0
     assert await cli(endpoint, "show", "topics") == 0
     shown = capsys.readouterr().out
