@@ -86,21 +86,26 @@ def run_recipe(context: JobContext, work: job_work_pb2.TrainWork) -> None:
         raise failure from error
 
 
-def _train(
-    context: JobContext, work: job_work_pb2.TrainWork, plan: Plan, prepared: Prepared
-) -> tuple[Outcome, dict[str, torch.Tensor] | None]:
+def parts_of(work: job_work_pb2.TrainWork, plan: Plan, prepared: Prepared, ranks: int) -> Parts:
+    """Return what a strategy is opened with."""
     rows = batch_rows(plan, len(prepared.train))
-    parts = Parts(
+    return Parts(
         build_model=prepared.build,
         build_optimizer=optimizer_maker(plan),
         objective=prepared.objective,
         rows=prepared.train,
         seed=work.seed,
         batch_size=rows,
-        micro_batch_size=_rows_at_once(plan, rows, context.world_size) if rows > plan.batch_size else 0,
+        micro_batch_size=_rows_at_once(plan, rows, ranks) if rows > plan.batch_size else 0,
         clip_gradient_norm=plan.clip_gradient_norm,
         precision=plan.precision,
     )
+
+
+def _train(
+    context: JobContext, work: job_work_pb2.TrainWork, plan: Plan, prepared: Prepared
+) -> tuple[Outcome, dict[str, torch.Tensor] | None]:
+    parts = parts_of(work, plan, prepared, context.world_size)
     strategy = open_strategy(work.recipe.strategy, context, parts)
     try:
         loop = Loop(context, plan, strategy, prepared.train, prepared.held_out, prepared.score, work.seed)

@@ -52,9 +52,9 @@ class CrossEntropy:
             outputs: Logits [B, C] or [B, T, C].
             targets: int64 [B] or [B, T].
         """
-        return functional.cross_entropy(
-            outputs.flatten(0, -2).float(), targets.flatten(), weight=self._class_weights, reduction="sum"
-        )
+        if outputs.dim() == 3:
+            outputs, targets = outputs.flatten(0, 1), targets.flatten()
+        return functional.cross_entropy(outputs.float(), targets, weight=self._class_weights, reduction="sum")
 
     def weight(self, targets: Tensor) -> Tensor:
         """Add up what the rows' classes weigh."""

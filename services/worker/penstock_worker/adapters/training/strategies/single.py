@@ -37,7 +37,8 @@ class SingleStrategy(Strategy):
         pieces = self._pieces(indices)
         if len(pieces) == 1:
             inputs, targets = self.parts.rows.batch(indices)
-            weight = objective.weight(targets)
+            known = objective.row_weight
+            weight = objective.weight(targets) if known is None else known * len(indices)
             with self._autocast():
                 outputs = self.module(inputs)
             loss_sum = objective.loss_sum(outputs, targets)
