@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
                 raise InvalidArgument(f"{path.name} is one array; save x and y with numpy.savez.")
             with archive:
                 arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         if "pickle" in str(error).lower() and zipfile.is_zipfile(path):
             raise InvalidArgument(
                 f"{path.name} holds Python objects (pickles), or rows of different lengths; save arrays of "

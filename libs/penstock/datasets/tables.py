@@ -252,6 +252,8 @@ def _label_values(column: Any, name: str, first: int) -> NDArray[Any]:
             f"The label {name!r} is missing in row {first + row}. Fill in or remove these rows (rows "
             "count from 0), and push again."
         )
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        raise InvalidArgument(f"The label {name!r} has bytes that are no UTF-8; convert it (iconv -t utf-8).")
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     values: NDArray[Any] = column.to_numpy(zero_copy_only=False)

@@ -187,6 +187,11 @@ def test_wrong_tables_are_refused_with_the_place(tmp_path: Path, text: str, word
     assert words in refused(csv(tmp_path, text))
 
 
+def test_a_label_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"a,label\n1,\xff\n2,x\n")
+    assert "no UTF-8" in refused(tmp_path / "t.csv")
+
+
 def test_wrong_parquet_is_refused_with_the_place(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     path.write_bytes(b"PAR1 no")
