@@ -121,7 +121,8 @@ class ArtifactServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteArtifact(self, request, context):
-        """Any state → DELETED.
+        """Any state → DELETED. Also a dataset that versions were made with: their lineage keeps its name, which nothing
+        else ever gets, and its digest. Contents that nothing else announced has are removed at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

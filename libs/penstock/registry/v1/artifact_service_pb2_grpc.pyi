@@ -48,7 +48,9 @@ class ArtifactServiceStub:
     DownloadFile: _grpc.UnaryStreamMultiCallable[_artifact_service_pb2.DownloadFileRequest, _artifact_service_pb2.DownloadFileResponse]
     """Sends the bytes of one file from an offset on."""
     DeleteArtifact: _grpc.UnaryUnaryMultiCallable[_artifact_service_pb2.DeleteArtifactRequest, _empty_pb2.Empty]
-    """Any state → DELETED."""
+    """Any state → DELETED. Also a dataset that versions were made with: their lineage keeps its name, which nothing
+    else ever gets, and its digest. Contents that nothing else announced has are removed at once.
+    """
 
 @_typing.type_check_only
 class ArtifactServiceAsyncStub(ArtifactServiceStub):
@@ -68,7 +70,9 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     DownloadFile: _aio.UnaryStreamMultiCallable[_artifact_service_pb2.DownloadFileRequest, _artifact_service_pb2.DownloadFileResponse]  # type: ignore[assignment]
     """Sends the bytes of one file from an offset on."""
     DeleteArtifact: _aio.UnaryUnaryMultiCallable[_artifact_service_pb2.DeleteArtifactRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Any state → DELETED."""
+    """Any state → DELETED. Also a dataset that versions were made with: their lineage keeps its name, which nothing
+    else ever gets, and its digest. Contents that nothing else announced has are removed at once.
+    """
 
 class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
     """Datasets, checkpoints, predictions and code: named, versioned and known by their digest."""
@@ -127,6 +131,8 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _artifact_service_pb2.DeleteArtifactRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Any state → DELETED."""
+        """Any state → DELETED. Also a dataset that versions were made with: their lineage keeps its name, which nothing
+        else ever gets, and its digest. Contents that nothing else announced has are removed at once.
+        """
 
 def add_ArtifactServiceServicer_to_server(servicer: ArtifactServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
