@@ -23,9 +23,10 @@ pytestmark = [pytest.mark.performance, pytest.mark.timeout(180)]
 
 MLP_WIDTH = 1024
 SECONDS = 8.0
-# Medians beside each other, on four cores that the generator and the job's own process share.
-MOST_MEDIAN_RATIO = 3.0
-MOST_MEDIAN_MILLISECONDS = 30.0
+# Beside the load alone, on cores that the generator and the job's own process share. On four busy cores the
+# median was 1.3 times as long for both, the 99th percentile 1.6 and 1.7 times.
+MOST_MEDIAN_RATIO = 2.0
+MOST_TAIL_RATIO = 4.0
 CASES: dict[str, tuple[Callable[[Path], Any], int, float, int]] = {
     "echo": (build_echo_onnx, ECHO_WIDTH, 100.0, 400_000),
     "mlp": (build_mlp_pt2, MLP_WIDTH, 20.0, 20_000),
@@ -74,5 +75,5 @@ def test_online_latency_beside_a_batch_prediction(mesh: Mesh, tmp_path: Path, na
     )
     assert running.state == job_pb2.JOB_STATE_RUNNING, "the dataset is too small for this machine"
     assert set(beside.outcomes) == {"OK"}
-    assert beside.p50 <= max(MOST_MEDIAN_RATIO * alone.p50, MOST_MEDIAN_MILLISECONDS / 6)
-    assert beside.p50 <= MOST_MEDIAN_MILLISECONDS
+    assert beside.p50 <= MOST_MEDIAN_RATIO * alone.p50
+    assert beside.p99 <= MOST_TAIL_RATIO * alone.p99
