@@ -117,6 +117,17 @@ def test_an_agent_that_comes_back_without_its_tasks_costs_no_restart() -> None:
     assert (world.job().attempt, world.job().restarts) == (2, 0)
 
 
+def test_a_task_that_fails_because_its_agent_was_restarted_costs_no_restart() -> None:
+    world = JobWorld(node("n1"))
+    world.submit(tasks=2)
+    world.until(JobState.RUNNING)
+    world.say("fit/tasks/0", TaskState.FAILED, failure_reason="AGENT_RESTARTED")
+    world.say("fit/tasks/1", TaskState.FAILED, message="Connection reset by peer.")
+    world.step()
+    world.step()
+    assert (world.job().attempt, world.job().restarts, world.job().losses) == (2, 0, 1)
+
+
 def test_an_agent_that_never_takes_a_task_up_is_not_waited_for_for_ever() -> None:
     world = JobWorld(node("n1"))
     world.submit(max_restarts=0)

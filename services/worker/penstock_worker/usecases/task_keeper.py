@@ -31,6 +31,8 @@ GRACE_MARGIN_SECONDS = 2.0
 """The launcher knows the grace, and kills what is left then; so long after that it is killed itself."""
 MAX_LAUNCHER_DEATHS = 3
 LAUNCHER_LOST = "LAUNCHER_LOST"
+AGENT_RESTARTED = "AGENT_RESTARTED"
+"""The scheduler knows this word: it costs the job an attempt, but counts for no failure."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ class TaskKeeper:
             run = self._run = await self._host.admit(self.desired, self._changed)
             if run.resumed and self._leads_others:
                 # An agent before this one ran it: the store where the ranks of all tasks meet died with it.
-                self._conclude(End(EndKind.FAILED, "Its agent was restarted.", LAUNCHER_LOST))
+                self._conclude(End(EndKind.FAILED, "Its agent was restarted.", AGENT_RESTARTED))
                 return
             await self._until_meeting_place()
             while not self._ending.is_set():

@@ -28,6 +28,8 @@ TIMEOUT = "TIMEOUT"
 NOT_STARTED = "NOT_STARTED"
 RESULT_REFUSED = "RESULT_REFUSED"
 UNKNOWN_FAILURE = "FAILED"
+AGENT_RESTARTED = "AGENT_RESTARTED"
+"""An agent's word for a task that cannot go on because the agent itself was ended."""
 
 LONGEST_BACK_OFF = timedelta(seconds=60)
 _NOTHING = RegistryWord()
@@ -193,7 +195,9 @@ class JobDraft:
     def _observe(self, task: Task, seen: ObservedTask | None) -> Task:
         """The task as its agent sees it; `None` means that the agent does not have it."""
         if seen is not None and task.working:
-            if seen.state is TaskState.FAILED:
+            if seen.state is TaskState.FAILED and seen.failure_reason == AGENT_RESTARTED:
+                self._lost[task.job] = f"The agent of nodes/{task.node} was restarted."
+            elif seen.state is TaskState.FAILED:
                 self._failed[task.job].append((task, seen))
             if seen.state is TaskState.SUCCEEDED and task.index == 0:
                 self._done[task.job] = seen
