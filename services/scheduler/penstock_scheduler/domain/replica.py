@@ -121,7 +121,7 @@ class Replica:
     @property
     def wanted(self) -> bool:
         """Whether it counts towards what its deployment asks for."""
-        return self.state not in (ReplicaState.DRAINING, ReplicaState.STOPPED)
+        return self.state is not ReplicaState.DRAINING and self.state is not ReplicaState.STOPPED
 
     def advance(self, to: ReplicaState, now: datetime, message: str = "") -> Replica:
         """Takes one step of the table at the top of this module.

@@ -69,6 +69,15 @@ class Standing:
         return min(waiting, key=lambda r: (worst[r.state], r.id), default=None)
 
 
+def is_settled(deployment: Deployment) -> bool:
+    """Whether a deployment that has all that it asks for already says so."""
+    return (
+        deployment.state is DeploymentState.READY
+        and not deployment.message
+        and deployment.serving == deployment.asked
+    )
+
+
 def judge(standing: Standing, now: datetime, failing_seconds: float) -> Deployment:
     """Moves a deployment to the state that its replicas justify, with a message that says why."""
     deployment = standing.deployment

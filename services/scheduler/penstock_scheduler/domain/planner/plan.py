@@ -143,14 +143,23 @@ class _Draft:
                 if serving != asked:
                     self._serving[name] = groups_of(serving, snapshot.versions, policy.defaults)
         self._jobs = JobDraft(snapshot.jobs, snapshot.tasks, snapshot.now, policy.jobs)
+        # The same replicas in three orders, and those that changed: `_write` alone changes any of them.
         self._replicas: dict[str, Replica] = {}
-        self._of: dict[str, list[str]] = defaultdict(list)
-        self._on: dict[str, list[str]] = defaultdict(list)
+        self._of: dict[str, dict[str, Replica]] = defaultdict(dict)
+        self._on: dict[str, dict[str, Replica]] = defaultdict(dict)
+        self._changed: dict[str, None] = {}
+        self._made: Counter[str] = Counter()
+        self._unsettled: set[str] = set()
+        self._whole: set[str] = set()
+        pending, stopped = ReplicaState.PENDING, ReplicaState.STOPPED
+        replicas, of, on = self._replicas, self._of, self._on
         for id_, replica in snapshot.replicas.items():
-            if replica.state is not ReplicaState.STOPPED:
-                self._replicas[id_] = replica
-                self._of[replica.deployment].append(id_)
-                self._on[replica.node].append(id_)
+            state = replica.state
+            if state is stopped:
+                continue
+            replicas[id_] = of[replica.deployment][id_] = on[replica.node][id_] = replica
+            if state is pending or replica.surge:
+                self._unsettled.add(id_)
 
     # -- stages, in order -------------------------------------------------------------------------
 
@@ -179,11 +188,15 @@ class _Draft:
             node = self._nodes.get(name)
             if report.node is None or node is None or node.state is not NodeState.READY:
                 continue
-            for id_ in self._on[name]:
-                replica = self._replicas[id_]
-                seen = report.replicas.get(id_)
-                if not (seen and replica.is_known_as(seen)) and replica.placed:
-                    self._replicas[id_] = replica.observe(seen, self._now)
+            seen_there = report.replicas
+            news = [
+                replica
+                for id_, replica in self._on[name].items()
+                if (seen := seen_there.get(id_)) is None or not replica.is_known_as(seen)
+            ]
+            for replica in news:
+                if replica.placed:
+                    self._write(replica.observe(seen_there.get(replica.id), self._now))
 
     def follow_jobs(self) -> None:
         """Takes up what agents say of their tasks and the registry of results; moves jobs."""
@@ -221,6 +234,9 @@ class _Draft:
                 if not self._replicas_of(name):
                     self._removed.append(name)
                 continue
+            if not self._draining and self._is_whole(name):
+                self._whole.add(name)
+                continue
             needed = dict(self._serving[name])
             for key, group in self._asked[name].items():
                 other = needed.get(key)
@@ -240,9 +256,9 @@ class _Draft:
 
     def place(self) -> None:
         """Finds nodes for replicas that have none, then for jobs, or says why there are none."""
-        waiting = [r for r in self._replicas.values() if r.state is ReplicaState.PENDING]
-        surging = any(r.surge for r in self._replicas.values())
-        if not waiting and not surging and not self._jobs.waiting():
+        unsettled = [self._replicas[id_] for id_ in sorted(self._unsettled)]
+        waiting = [r for r in unsettled if r.state is ReplicaState.PENDING]
+        if not waiting and not any(r.surge for r in unsettled) and not self._jobs.waiting():
             return
         placer = Placer(
             Scene(
@@ -259,12 +275,12 @@ class _Draft:
         )
         places = placer.replicas(waiting)
         for id_ in places.settled:
-            self._replicas[id_] = replace(self._replicas[id_], surge=False)
+            self._write(replace(self._replicas[id_], surge=False))
         for id_, (place, surge) in places.found.items():
             self._put(self._replicas[id_], place, surge)
         for id_, why in places.reasons.items():
             if self._replicas[id_].message != why:
-                self._replicas[id_] = replace(self._replicas[id_], message=why)
+                self._write(replace(self._replicas[id_], message=why))
         if self._jobs.jobs:
             seating = placer.jobs()
             for job, seats in seating.places.items():
@@ -294,6 +310,8 @@ class _Draft:
         for (owner, key), why in self._obstacles.items():
             obstacles[owner][key] = why
         for name, deployment in self._deployments.items():
+            if name in self._whole and name not in obstacles and judge.is_settled(deployment):
+                continue
             if deployment.state is not DeploymentState.DELETING:
                 standing = judge.Standing(
                     deployment,
@@ -309,7 +327,9 @@ class _Draft:
         old = self._snapshot
         return Plan(
             nodes=tuple(n for n in self._nodes.values() if _differs(old.nodes.get(n.name), n)),
-            replicas=tuple(r for r in self._replicas.values() if _differs(old.replicas.get(r.id), r)),
+            replicas=tuple(
+                r for id_ in self._changed if _differs(old.replicas.get(id_), r := self._replicas[id_])
+            ),
             deployments=tuple(
                 d
                 for d in self._deployments.values()
@@ -335,7 +355,7 @@ class _Draft:
 
     def _evict(self, node: str, why: str) -> None:
         for replica in self._replicas_on(node):
-            self._replicas[replica.id] = replica.advance(ReplicaState.STOPPED, self._now, why)
+            self._write(replica.advance(ReplicaState.STOPPED, self._now, why))
         self._jobs.lose(node, why)
 
     def _usage(self, node: Node) -> Usage:
@@ -343,9 +363,9 @@ class _Draft:
 
     def _drain(self, replica: Replica, why: str) -> None:
         if replica.state is ReplicaState.PENDING:
-            self._replicas[replica.id] = replica.advance(ReplicaState.STOPPED, self._now, why)
+            self._write(replica.advance(ReplicaState.STOPPED, self._now, why))
         elif replica.state is not ReplicaState.DRAINING:
-            self._replicas[replica.id] = replica.advance(ReplicaState.DRAINING, self._now, why)
+            self._write(replica.advance(ReplicaState.DRAINING, self._now, why))
 
     def _scale_group(self, name: str, group: Group, have: list[Replica]) -> None:
         have = self._leave(group, have)
@@ -359,12 +379,11 @@ class _Draft:
         for replica in have:
             if replica.state is ReplicaState.PENDING and replica.resources != group.resources:
                 # What was measured meanwhile, of others of its version, holds for it too.
-                self._replicas[replica.id] = replace(replica, resources=group.resources)
-        ordinal = len(self._of[name])
+                self._write(replace(replica, resources=group.resources))
         for _ in range(group.count - len(have)):
-            ordinal += 1
+            self._made[name] += 1
             replica = Replica(
-                id=self._new_id(name, group, ordinal),
+                id=self._new_id(name, group, self._made[name]),
                 deployment=name,
                 group=group.key,
                 digest=group.version.digest,
@@ -374,8 +393,7 @@ class _Draft:
                 create_time=self._now,
                 update_time=self._now,
             )
-            self._replicas[replica.id] = replica
-            self._of[name].append(replica.id)
+            self._write(replica)
 
     def _leave(self, group: Group, have: list[Replica]) -> list[Replica]:
         """Drains what is not needed any more on nodes that are being drained; returns those elsewhere."""
@@ -399,11 +417,38 @@ class _Draft:
         runtime = self._snapshot.versions[replica.version].runtime
         return Need(runtime, replica.resources, replica.constraints, replica.digest)
 
+    def _write(self, replica: Replica) -> None:
+        """Takes a new or changed replica up."""
+        id_ = replica.id
+        self._replicas[id_] = replica
+        self._changed[id_] = None
+        if replica.state is ReplicaState.STOPPED:
+            self._of[replica.deployment].pop(id_, None)
+            self._on[replica.node].pop(id_, None)
+            self._unsettled.discard(id_)
+            return
+        self._of[replica.deployment][id_] = self._on[replica.node][id_] = replica
+        if replica.state is ReplicaState.PENDING or replica.surge:
+            self._unsettled.add(id_)
+        else:
+            self._unsettled.discard(id_)
+
     def _put(self, replica: Replica, place: Placement, surge: bool) -> None:
         node = place.usage.node.name
         placed = replace(replica, node=node, devices=place.devices, surge=surge)
-        self._replicas[replica.id] = placed.advance(ReplicaState.STARTING, self._now)
-        self._on[node].append(replica.id)
+        self._write(placed.advance(ReplicaState.STARTING, self._now))
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether a deployment has all that it asks for and nothing else, as most have at most times."""
+        groups = self._asked[name]
+        replicas = self._of[name]
+        if self._serving[name] is not groups or len(groups) != 1:
+            return False
+        ((key, group),) = groups.items()
+        ready = ReplicaState.READY
+        return len(replicas) == group.count > 0 and all(
+            replica.state is ready and replica.group == key for replica in replicas.values()
+        )
 
     def _answers(self, name: str, key: GroupKey) -> bool:
         """Whether a group answers as well as it will for now: one is ready and none is about to be."""
@@ -413,12 +458,10 @@ class _Draft:
         return ReplicaState.READY in states and ReplicaState.STARTING not in states
 
     def _replicas_on(self, node: str) -> list[Replica]:
-        return [r for id_ in self._on[node] if (r := self._replicas[id_]).placed]
+        return [replica for replica in self._on[node].values() if replica.placed]
 
     def _replicas_of(self, deployment: str) -> list[Replica]:
-        return [
-            r for id_ in self._of[deployment] if (r := self._replicas[id_]).state is not ReplicaState.STOPPED
-        ]
+        return list(self._of[deployment].values())
 
 
 def _differs(old: object, new: object) -> bool:
