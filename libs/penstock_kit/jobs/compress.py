@@ -132,6 +132,12 @@ STEPS: Mapping[str, Mapping[str, Parameter]] = {
         "scheme": Parameter(
             "choice", "dynamic_int8", "How numbers are stored and computed.", choices=SCHEMES
         ),
+        "runtime": Parameter(
+            "choice",
+            "onnx",
+            "Who serves the result; torch is for static_int8 of linear layers.",
+            choices=("onnx", "torch"),
+        ),
         "rows": Parameter(
             "integer", 256, "Rows of the training part that static_int8 calibrates with.", low=1, high=65536
         ),

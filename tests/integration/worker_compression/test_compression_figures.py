@@ -62,8 +62,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Source:
         root / "train",
         example(root / "data", "corpus:python-functions"),
         architecture="transformer",
-        parameters={"width": 256, "layers": 4, "heads": 4, "vocabulary": 30000, "length": 96, "dropout": 0.1},
-        epochs=5,
+        parameters={"width": 336, "layers": 4, "heads": 4, "vocabulary": 30000, "length": 64, "dropout": 0.1},
+        epochs=3,
         batch_size=32,
         learning_rate=0.0005,
     )

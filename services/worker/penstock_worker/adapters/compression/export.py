@@ -54,7 +54,7 @@ def write_bundle(
     if subject.graph is not None:
         shutil.copyfile(subject.graph, target)
     else:
-        save_program(_program(subject, form), target)
+        save_program(program_of(subject, form), target)
     return manifest
 
 
@@ -72,17 +72,23 @@ class Form:
     example: tuple[torch.Tensor, ...]
     max_rows: int
 
+    def dimensions(self) -> dict[int, Any]:
+        """Return the free dimensions of its inputs."""
+        found: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=max(2, self.max_rows))}
+        if self.blueprint.of_tokens:
+            longest = int(self.blueprint.parameters["length"])
+            found[1] = torch.export.Dim("length", min=1, max=longest)
+        return found
+
     def program(self, module: nn.Module) -> Any:
         """Export the module with the outputs and the free dimensions that recipes give their models.
 
         Raises:
             JobFailure: UNSUPPORTED if torch cannot export it.
         """
-        dimensions: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=max(2, self.max_rows))}
+        dimensions = self.dimensions()
         example = self.example
         if self.blueprint.of_tokens:
-            longest = int(self.blueprint.parameters["length"])
-            dimensions[1] = torch.export.Dim("length", min=1, max=longest)
             example = tuple(tokens[:, :_EXAMPLE_TOKENS] for tokens in example)
         served = Served(module, self.blueprint).eval()
         with quiet(), torch.no_grad():
@@ -99,7 +105,10 @@ class Form:
                 ) from error
 
 
-def _program(subject: Subject, form: Form | None) -> Any:
+def program_of(subject: Subject, form: Form | None) -> Any:
+    """Return a subject that is no ONNX graph as an exported program."""
+    if subject.graph is not None:
+        return load_program(subject.graph)
     if form is None:
         raise ValueError("a module needs a form to be exported")
     return form.program(subject.need_module("export"))
@@ -114,8 +123,7 @@ def onnx_of(subject: Subject, source: manifest_pb2.Manifest, form: Form | None, 
     if subject.format == "onnx" and subject.graph is not None:
         shutil.copyfile(subject.graph, target)
         return
-    graph = subject.graph
-    program = load_program(graph) if graph is not None else _program(subject, form)
+    program = program_of(subject, form)
     with quiet():
         try:
             converted = torch.onnx.export(

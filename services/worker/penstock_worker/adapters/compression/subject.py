@@ -18,6 +18,7 @@ from torch import nn
 
 from penstock_worker.adapters.compression.layers import choose
 from penstock_worker.adapters.compression.structure import CHANGES_FILE, Change, apply_changes, state_of
+from penstock_worker.adapters.runtimes.cpu_int8 import register_operators_for
 from penstock_worker.adapters.runtimes.pt2_safety import refuse_unsafe_pt2
 from penstock_worker.usecases.job_context import JobFailure
 
@@ -179,6 +180,7 @@ def weights_of(module: nn.Module, chosen: Sequence[str]) -> list[Weight]:
 
 def load_program(path: Path) -> Any:
     """Open a .pt2 file, which must have been looked at by `refuse_unsafe_pt2` if it came from outside."""
+    register_operators_for(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.load(str(path))

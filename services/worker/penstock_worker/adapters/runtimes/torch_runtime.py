@@ -21,6 +21,7 @@ from penstock_kit.artifacts.torchscript import unsafe_torchscript
 from penstock_kit.errors import FailedPrecondition, Reason
 from penstock_kit.oip import BFLOAT16, Array
 from penstock_worker.adapters.node_probe import processor_name
+from penstock_worker.adapters.runtimes.cpu_int8 import compute_in_int8, register_operators_for
 from penstock_worker.adapters.runtimes.cpu_packing import PackMode, mode_of, pack_linear_layers
 from penstock_worker.adapters.runtimes.pt2_safety import refuse_unsafe_pt2
 from penstock_worker.domain.runtime import Batch, Bundle, Servable
@@ -104,14 +105,17 @@ def _words_of_torchscript(error: RuntimeError) -> str:
 
 def _load_pt2(bundle: Bundle, device: torch.device) -> Callable[..., Any]:
     packing = mode_of(bundle.parameters)
+    register_operators_for(bundle.entrypoint)
     program = torch.export.load(str(bundle.entrypoint))
     if device.type != "cpu":
         from torch.export.passes import move_to_device_pass
 
         program = move_to_device_pass(program, device)
     module: Callable[..., Any] = program.module()
-    if device.type == "cpu" and packing is PackMode.AUTO and isinstance(module, torch.fx.GraphModule):
-        pack_linear_layers(module, bundle.max_rows)
+    if device.type == "cpu" and isinstance(module, torch.fx.GraphModule):
+        compute_in_int8(module)
+        if packing is PackMode.AUTO:
+            pack_linear_layers(module, bundle.max_rows)
     return module
 
 

@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from penstock_worker.adapters.compression import quantization
-from penstock_worker.adapters.compression.export import onnx_of
-from penstock_worker.adapters.compression.subject import Subject
+from penstock_worker.adapters.compression.export import onnx_of, program_of
+from penstock_worker.adapters.compression.quantization_torch import quantize_program
+from penstock_worker.adapters.compression.rows import tensors_of
+from penstock_worker.adapters.compression.subject import Subject, save_program
 from penstock_worker.adapters.compression.tools import Facts, Tools
 from penstock_worker.usecases.job_context import JobFailure
 
@@ -30,6 +33,8 @@ def apply(subject: Subject, parameters: Mapping[str, Any], tools: Tools) -> Fact
     Raises:
         JobFailure: UNSUPPORTED if the model cannot be an ONNX graph, or there is nothing in it to quantize.
     """
+    if parameters["runtime"] == "torch":
+        return _for_torch(subject, parameters, tools)
     plain, target = tools.scratch / "plain.onnx", tools.scratch / "quantized.onnx"
     onnx_of(subject, tools.manifest, tools.form, plain)
     quantization.prepare(plain)
@@ -63,6 +68,30 @@ def apply(subject: Subject, parameters: Mapping[str, Any], tools: Tools) -> Fact
         )
     subject.module, subject.graph = None, target
     return {"size": after / before, "quantized": float(found)}
+
+
+def _for_torch(subject: Subject, parameters: Mapping[str, Any], tools: Tools) -> Facts:
+    """Put a quantized program in the model's place."""
+    if parameters["scheme"] != "static_int8":
+        raise JobFailure(
+            f"The runtime torch serves static_int8 only; leave runtime out for {parameters['scheme']}.",
+            "INVALID_RECIPE",
+        )
+    if subject.format == "onnx":
+        raise JobFailure("An ONNX graph cannot be quantized for the runtime torch.", "INVALID_RECIPE")
+    program = program_of(subject, tools.form)
+    feeds = [tensors_of(feed) for feed in calibration_feeds(tools, parameters["rows"])]
+    most = max(2, tools.manifest.batching.max_batch_size)
+    dimensions = tools.form.dimensions() if tools.form else {0: torch.export.Dim("batch", min=1, max=most)}
+    made, layers = quantize_program(program, feeds, dimensions)
+    if not layers:
+        raise JobFailure(
+            "The model has no linear layers, which alone are quantized for torch.", "UNSUPPORTED"
+        )
+    target = tools.scratch / "quantized.pt2"
+    save_program(made, target)
+    subject.module, subject.graph = None, target
+    return {"quantized": float(layers)}
 
 
 def calibration_feeds(tools: Tools, rows: int) -> list[dict[str, Any]]:
