@@ -26,8 +26,10 @@ def check_ranks(job: job_pb2.Job) -> None:
     """
     plan = plan_of(job.train.recipe)
     each = max(1, job.ranks_per_node)
-    ranks = max(1, job.nodes) * each
-    fewest = min(ranks, (job.min_nodes or max(1, job.nodes)) * each)
+    nodes = max(1, job.nodes)
+    ranks = nodes * each
+    # It may go on with fewer nodes.
+    sizes = [count * each for count in range(min(job.min_nodes or nodes, nodes), nodes + 1)]
     name = plan.strategy or ("ddp" if ranks > 1 else "single")
     _check_precision(plan, name, gpus=job.resources.gpus)
     if name == "single" and ranks > 1:
@@ -42,11 +44,12 @@ def check_ranks(job: job_pb2.Job) -> None:
             f"{_STRATEGY}.name",
         )
     if name == "parameter_server":
-        _check_servers(plan, fewest)
+        _check_servers(plan, sizes[0])
     if not OPTIMIZERS[plan.optimizer.name].full_batch:
         _check_batch(plan, name, ranks)
-    if plan.architecture is not None and ranks > 1:
-        _check_architecture(plan.architecture, name, ranks)
+    if plan.architecture is not None:
+        for size in sizes:
+            _check_architecture(plan.architecture, name, size)
 
 
 def layers_of(architecture: Named) -> int | None:

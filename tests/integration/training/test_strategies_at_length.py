@@ -43,7 +43,7 @@ def spread(case: Case, ranks: int, name: str) -> Case:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ranks", [2, 4], ids=["2-ddp", "4-ddp"])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_each_architecture_comes_to_the_weights_and_the_quality_of_one_process(
     ranks: int, tmp_path: Path
 ) -> None:
@@ -113,21 +113,25 @@ def test_servers_that_do_not_wait_train_as_well(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "model", "words"),
+    ("wrong", "words"),
     [
-        ({"name": "pipeline"}, "mlp", ""),
-        ({"name": "parameter_server", "servers": 4}, "mlp", "4 of 4 ranks are servers"),
-        ({"name": "ddp"}, "mlp", "A batch of 3 rows cannot be cut into parts for 4 ranks"),
+        (Case(strategy={"name": "ddp"}, batch_size=3), "A batch of 3 rows cannot be cut into parts for 4"),
+        (Case(strategy={"name": "single"}), "single is for 1 rank, and there are 4"),
+        (Case(strategy={"name": "pipeline"}, model="cnn", precision="fp16"), "fp16 needs a GPU"),
     ],
 )
 def test_what_only_the_ranks_can_know_is_refused_by_all_of_them(
-    strategy: dict[str, Any], model: str, words: str, tmp_path: Path
+    wrong: Case, words: str, tmp_path: Path
 ) -> None:
-    case = Case(strategy=strategy, model=model, steps=1, batch_size=3)
-    (result,) = together(tmp_path, 4, [case])
-    if not words:
-        assert result.failure is None
-        return
+    (result,) = together(tmp_path, 4, [wrong])
     assert result.failure is not None
     assert words in result.failure[0]
     assert result.failure[1] == "INVALID_RECIPE"
+
+
+def test_with_fewer_ranks_than_servers_one_computes(tmp_path: Path) -> None:
+    case = Case(strategy={"name": "parameter_server", "servers": 3}, steps=4)
+    (result,) = together(tmp_path / "group", 2, [case])
+    assert "1 instead of 3 servers" in result.notes[0]
+    expected = alone(replace(case, strategy={}), tmp_path)
+    assert difference(result.weights, expected.weights) < 1e-5

@@ -48,6 +48,10 @@ def job(
             job(3, strategy="tensor_parallel", task="text", architecture="transformer"),
             "4 heads of attention cannot be spread over 3 ranks",
         ),
+        (
+            job(1, nodes=4, min_nodes=2, strategy="tensor_parallel", task="text", architecture="transformer"),
+            "4 heads of attention cannot be spread over 3 ranks",
+        ),
         (job(2, strategy="fsdp", optimizer={"name": "adafactor"}), "needs whole tensors"),
         (job(2, strategy="pipelin"), "pipeline"),
     ],

@@ -86,4 +86,4 @@ def _named(name: str) -> type[Strategy]:
 
 
 # What these do with one rank is what single does.
-_LIKE_SINGLE = frozenset({"ddp", "fsdp", "tensor_parallel", "pipeline"})
+_LIKE_SINGLE = frozenset({"ddp", "fsdp", "tensor_parallel", "pipeline", "parameter_server"})

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,8 @@ from penstock_worker.adapters.training.strategies.group import Group
 from penstock_worker.usecases.job_context import JobFailure
 
 _EXTRA = "extra"
+# How long a group that ends waits for its checkpoint.
+_LAST_SECONDS = 20.0
 
 
 class Checkpoints:
@@ -33,6 +33,9 @@ class Checkpoints:
 
     def __init__(self, group: Group) -> None:
         self._group = group
+        if group.size == 1:
+            # Here rather than around each call, which is made in a thread and would change what others see.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._written: Callable[[], None] | None = None
@@ -80,30 +83,30 @@ class Checkpoints:
         """Fill tensors from a checkpoint, in place, and give what was saved beside them."""
         (length,), _ = self.described(directory)[_EXTRA]
         wanted = {**state, _EXTRA: torch.empty(length, dtype=torch.uint8)}
-        with _quiet():
-            dcp.load(
-                wanted,
-                storage_reader=dcp.HuggingFaceStorageReader(str(directory)),
-                process_group=self._group.writing,
-                no_dist=self._group.size == 1,
-            )
+        dcp.load(
+            wanted,
+            storage_reader=dcp.HuggingFaceStorageReader(str(directory)),
+            process_group=self._group.writing,
+            no_dist=self._group.size == 1,
+        )
         extra: dict[str, Any] = json.loads(bytes(wanted[_EXTRA].tolist()))
         return extra
 
     def close(self) -> None:
-        """Begin nothing more. A write that waits for dead ranks ends when their group does."""
+        """Begin nothing more, and let what is being written end: by itself, or as its peers are gone."""
+        if self._pending is not None:
+            wait([self._pending], _LAST_SECONDS)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _write(self, directory: Path, state: dict[str, Tensor]) -> None:
         writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
         try:
-            with _quiet():
-                dcp.save(
-                    state,
-                    storage_writer=writer,
-                    process_group=self._group.writing,
-                    no_dist=self._group.size == 1,
-                )
+            dcp.save(
+                state,
+                storage_writer=writer,
+                process_group=self._group.writing,
+                no_dist=self._group.size == 1,
+            )
         except (OSError, dcp.CheckpointException) as error:
             if _no_room(error):
                 raise JobFailure(
@@ -116,17 +119,3 @@ class Checkpoints:
 
 def _no_room(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop the library's notes on its own ways; they say nothing that a user could change."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -64,14 +64,13 @@ class ParameterServerStrategy(Strategy):
 
     def _build(self) -> None:
         rank, spec = self.group.rank, self.spec
-        servers = spec.servers or 1
-        self.workers = self.group.size - servers
-        if self.workers < 1:
-            raise JobFailure(
-                f"{servers} of {self.group.size} ranks are servers, so nobody computes. Take more ranks or "
-                "fewer servers.",
-                "INVALID_RECIPE",
+        # Fewer ranks than the job asked for, as a node is gone: somebody must still compute.
+        servers = min(spec.servers or 1, self.group.size - 1)
+        if servers < spec.servers:
+            self.notes.append(
+                f"{servers} instead of {spec.servers} servers: there are {self.group.size} ranks."
             )
+        self.workers = self.group.size - servers
         self.asynchronous = spec.asynchronous
         self.staleness = spec.staleness or 4
         self.lag = self.staleness if self.asynchronous else 0
