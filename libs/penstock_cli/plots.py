@@ -193,7 +193,7 @@ def plot_front(report: Mapping[str, Any], path: Path) -> Path:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
-        raise FailedPrecondition("A picture needs matplotlib: pip install matplotlib.") from error
+        raise FailedPrecondition("A picture needs matplotlib: pip install 'penstock[plots]'.") from error
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
