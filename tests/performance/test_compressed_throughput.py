@@ -47,7 +47,7 @@ def mlp(folder: Path) -> Source:
 
 def test_int8_serves_three_times_what_fp32_does(tmp_path: Path) -> None:
     source = mlp(tmp_path)
-    job = source.compress(tmp_path / "job", [("quantize", {"scheme": "dynamic_int8"})])
+    job = source.compress(tmp_path / "job", [("quantize", {"scheme": "static_int8", "runtime": "torch"})])
     (small,) = job.published()
     before, after = candidates(job)
     print(

@@ -62,10 +62,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Source:
         root / "train",
         example(root / "data", "corpus:python-functions"),
         architecture="transformer",
-        parameters={"width": 336, "layers": 4, "heads": 4, "vocabulary": 30000, "length": 64, "dropout": 0.1},
-        epochs=3,
+        parameters={"width": 400, "layers": 2, "heads": 4, "vocabulary": 30000, "length": 32, "dropout": 0.1},
+        epochs=2,
         batch_size=32,
-        learning_rate=0.0005,
+        learning_rate=0.001,
     )
 
 
@@ -95,12 +95,12 @@ def test_each_step_does_to_the_digits_cnn_what_it_is_for(
     assert after["metric_loss"] <= loss
 
 
-def test_half_of_a_transformers_layers_can_be_dropped(texts: Source, tmp_path: Path) -> None:
-    steps = [("drop_layers", {"layers": 2, "repair_epochs": 1, "learning_rate": 0.0005})]
+def test_half_of_the_layers_of_a_transformer_can_be_dropped(texts: Source, tmp_path: Path) -> None:
+    steps = [("drop_layers", {"layers": 1, "repair_epochs": 1, "learning_rate": 0.0005})]
     before, after = candidates(texts.compress(tmp_path / "job", steps, threads=2))
     show("source", before)
     show(after["name"], after)
-    assert after["speed_up"] > 1.5
+    assert after["speed_up"] > 1.3
     assert after["metric_loss"] <= 0.03
 
 
