@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # Between two orders of summing in fp32: of the largest number in the answer.
 _TOLERANCE = 1e-3
 _TRIED_ROWS = 2
-_NAMESPACE = b"quantized_decomposed"
+_OPERATORS = "quantized_decomposed"
 # Places among the arguments of onednn::qlinear_pointwise.
 _OUT_SCALE, _OUT_ZERO, _OUT_DTYPE = 7, 8, 9
 
@@ -40,7 +40,7 @@ def register_operators_for(path: Path) -> None:
     """Do so if a .pt2 file needs them: the import takes longer than a small model takes to load."""
     with zipfile.ZipFile(path) as archive:
         graphs = [name for name in archive.namelist() if name.endswith(".json") and "/models/" in name]
-        if any(_NAMESPACE in archive.read(name) for name in graphs):
+        if any(_OPERATORS.encode() in archive.read(name) for name in graphs):
             register_operators()
 
 
@@ -53,11 +53,10 @@ def compute_in_int8(module: GraphModule) -> int:
     Args:
         module: On the CPU; it is changed.
     """
-    operators = torch.ops.quantized_decomposed
     found = 0
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         weight = node.args[1]
-        if not _is(weight, operators.dequantize_per_channel.default):
+        if not _is(weight, f"{_OPERATORS}.dequantize_per_channel.default"):
             continue
         found += 1
         if not _replace(module, node, weight):
@@ -70,8 +69,9 @@ def compute_in_int8(module: GraphModule) -> int:
     return found
 
 
-def _is(node: Any, target: Any) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target == target
+def _is(node: Any, name: str) -> bool:
+    """Whether a node calls an operator; by its name, as those of plain programs are all that may be known."""
+    return isinstance(node, Node) and node.op == "call_function" and str(node.target) == name
 
 
 def _constant(module: GraphModule, node: Any) -> torch.Tensor | None:
@@ -85,9 +85,8 @@ def _constant(module: GraphModule, node: Any) -> torch.Tensor | None:
 
 def _replace(module: GraphModule, node: Node, weight: Node) -> bool:
     """Put oneDNN's layer in the place of one in the reference form, if that works here."""
-    operators = torch.ops.quantized_decomposed
     back = node.args[0]
-    if not _is(back, operators.dequantize_per_tensor.default) or not isinstance(back, Node):
+    if not _is(back, f"{_OPERATORS}.dequantize_per_tensor.default") or not isinstance(back, Node):
         return False
     quantized, scale, zero = back.args[0], back.args[1], back.args[2]
     stored, scales, zeros = (_constant(module, part) for part in weight.args[:3])
@@ -130,10 +129,10 @@ def _replace(module: GraphModule, node: Node, weight: Node) -> bool:
 
 def _stay_in_int8(quantized: Any, scale: float, zero: int) -> Any:
     """Let the layer before give 8-bit numbers at once, where nothing else looks at what it gives."""
-    if not _is(quantized, torch.ops.quantized_decomposed.quantize_per_tensor.default):
+    if not _is(quantized, f"{_OPERATORS}.quantize_per_tensor.default"):
         return quantized
     before = quantized.args[0]
-    if not _is(before, torch.ops.onednn.qlinear_pointwise.default) or len(before.users) != 1:
+    if not _is(before, "onednn.qlinear_pointwise.default") or len(before.users) != 1:
         return quantized
     for place, value in ((_OUT_SCALE, scale), (_OUT_ZERO, zero), (_OUT_DTYPE, torch.uint8)):
         before.update_arg(place, value)
