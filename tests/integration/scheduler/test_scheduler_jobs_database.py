@@ -23,7 +23,7 @@ from penstock_scheduler.domain.planner import Plan
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
 from penstock_scheduler.domain.resources import Batching, Resources
 from penstock_scheduler.domain.version import VersionKey
-from penstock_scheduler.usecases.ports import JobRequest
+from penstock_scheduler.usecases.job_ports import JobRequest
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 GIB = 1024**3

@@ -13,7 +13,7 @@ from penstock.scheduler.v1 import job_pb2
 from penstock_scheduler.adapters.rows import JobEventRow, JobRow, TaskRow
 from penstock_scheduler.domain.job import EventKind, JobState
 from penstock_scheduler.domain.job_events import LIMITS, MAX_LOG_LINES, JobEvent, following, keep
-from penstock_scheduler.usecases.ports import TakenIn
+from penstock_scheduler.usecases.job_ports import TakenIn
 
 # How many events may come between two looks whether there are too many.
 _LOOK_EVERY = 250

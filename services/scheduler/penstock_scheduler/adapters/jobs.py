@@ -32,7 +32,8 @@ from penstock_scheduler.adapters.rows import (
 )
 from penstock_scheduler.domain.job import Job, JobState, Task, TaskState
 from penstock_scheduler.domain.project import unknown_project
-from penstock_scheduler.usecases.ports import AllocationView, JobMark, JobRequest, JobView
+from penstock_scheduler.usecases.job_ports import JobMark, JobRequest, JobView
+from penstock_scheduler.usecases.ports import AllocationView
 
 _STOPPED = TaskState.STOPPED.name
 Sizes = Mapping[tuple[str, str], int]

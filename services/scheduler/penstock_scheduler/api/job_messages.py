@@ -31,8 +31,8 @@ from penstock_scheduler.domain.resources import Resources
 from penstock_scheduler.domain.validate import check_labels, check_resources
 from penstock_scheduler.domain.validate_nodes import check_constraints
 from penstock_scheduler.usecases.attach import DesiredTask
+from penstock_scheduler.usecases.job_ports import JobView
 from penstock_scheduler.usecases.jobs import AskedJob, Reference
-from penstock_scheduler.usecases.ports import JobView
 
 MAX_TASKS = 1024
 MAX_RANKS = 1024

@@ -19,8 +19,8 @@ from penstock_scheduler.api.paging import decode_token, encode_token, page_size
 from penstock_scheduler.api.requests import fingerprint, request_id
 from penstock_scheduler.domain.job import EventKind, JobState
 from penstock_scheduler.usecases.job_events import JobEvents
+from penstock_scheduler.usecases.job_ports import JobRequest
 from penstock_scheduler.usecases.jobs import Jobs
-from penstock_scheduler.usecases.ports import JobRequest
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

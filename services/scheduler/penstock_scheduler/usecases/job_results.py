@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 from penstock_kit.errors import FailedPrecondition, InvalidArgument, NotFound, PenstockError
 from penstock_scheduler.domain.job import Job, JobState, RegistryWord
-from penstock_scheduler.usecases.ports import ResultStore, Wakeup
+from penstock_scheduler.usecases.job_ports import ResultStore
+from penstock_scheduler.usecases.ports import Wakeup
 from penstock_scheduler.usecases.wake import Wake
 
 log = logging.getLogger(__name__)

@@ -15,17 +15,9 @@ from penstock_scheduler.domain.node import NodeState
 from penstock_scheduler.domain.planner.feasible import Rejection, Usage, check, closest
 from penstock_scheduler.domain.planner.gangs import need_of, room_for
 from penstock_scheduler.usecases.deployments import unknown_deployment
+from penstock_scheduler.usecases.job_ports import JobMark, JobRequest, JobView, ResultStore
 from penstock_scheduler.usecases.latest import Latest
-from penstock_scheduler.usecases.ports import (
-    JobMark,
-    JobRequest,
-    JobView,
-    Registry,
-    ResultStore,
-    Wakeup,
-    Work,
-    Works,
-)
+from penstock_scheduler.usecases.ports import Registry, Wakeup, Work, Works
 
 log = logging.getLogger(__name__)
 

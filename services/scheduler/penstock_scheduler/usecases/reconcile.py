@@ -19,9 +19,10 @@ from penstock_scheduler.domain.routes import Route, routes_of
 from penstock_scheduler.usecases import metrics
 from penstock_scheduler.usecases.attach import AttachHub
 from penstock_scheduler.usecases.autoscaling import Autoscaler
+from penstock_scheduler.usecases.job_ports import JobMark
 from penstock_scheduler.usecases.job_results import JobResults
 from penstock_scheduler.usecases.latest import Latest
-from penstock_scheduler.usecases.ports import ClusterStore, JobMark, Leadership, Stored, Works
+from penstock_scheduler.usecases.ports import ClusterStore, Leadership, Stored, Works
 from penstock_scheduler.usecases.rollout_loop import RolloutLoop
 from penstock_scheduler.usecases.traffic import Traffic
 from penstock_scheduler.usecases.wake import Wake
