@@ -54,6 +54,7 @@ class Meter:
         self._total = total
         self._callback = callback
         self._done: dict[str, int] = {}
+        self._sum = 0
         self._lock = threading.Lock()
         self._report("")
 
@@ -61,23 +62,25 @@ class Meter:
         """Count bytes of a file."""
         with self._lock:
             self._done[path] = self._done.get(path, 0) + count
+            self._sum += count
             self._report(path)
 
     def finish(self) -> None:
         """Count all that is left."""
         with self._lock:
-            self._done = {"": self._total}
+            self._sum = self._total
             self._report("")
 
     def resume_at(self, offset: int, path: str) -> None:
         """Correct the count of a file of which only `offset` bytes arrived."""
         with self._lock:
+            self._sum += offset - self._done.get(path, 0)
             self._done[path] = offset
             self._report(path)
 
     def _report(self, path: str) -> None:
         if self._callback is not None:
-            self._callback(Progress(self._phase, sum(self._done.values()), self._total, path))
+            self._callback(Progress(self._phase, self._sum, self._total, path))
 
 
 def upload_messages(

@@ -157,7 +157,11 @@ class AsyncDatasets(AsyncStreams):
         if made.state != artifact_pb2.ARTIFACT_STATE_UPLOADING:
             return made
         meter = Meter("upload", total, progress)
-        await io.for_each(partial(self._upload_file, made, meter), local, limit=PARALLEL_FILES)
+        have = {file.path: file.received_bytes for file in made.files}
+        lacking = [file for file in local if have.get(file.path, 0) < file.size_bytes]
+        meter.add(total - sum(file.size_bytes for file in lacking))
+        upload = partial(self._upload_file, made.name, have, meter)
+        await io.for_each(upload, lacking, limit=PARALLEL_FILES)
         return await self._unary(
             self._artifacts.FinalizeArtifact, service.FinalizeArtifactRequest(name=made.name)
         )
@@ -222,15 +226,17 @@ class AsyncDatasets(AsyncStreams):
             raise InvalidArgument(f"{dataset!r}: say which version, as {dataset}:NUMBER.")
         await self._delete(self._artifacts.DeleteArtifact, service.DeleteArtifactRequest(name=name))
 
-    async def _upload_file(self, artifact: artifact_pb2.Artifact, meter: Meter, file: LocalFile) -> None:
+    async def _upload_file(
+        self, artifact: str, have: Mapping[str, int], meter: Meter, file: LocalFile
+    ) -> None:
         await self._send_file(
             file,
-            artifact,
+            have.get(file.path, 0),
             meter,
             call=self._artifacts.UploadFile,
-            messages=lambda offset: file_messages(artifact.name, file, offset, meter),
+            messages=lambda offset: file_messages(artifact, file, offset, meter),
             look=self._artifacts.GetArtifact,
-            request=service.GetArtifactRequest(name=artifact.name),
+            request=service.GetArtifactRequest(name=artifact),
         )
 
     async def _download_file(

@@ -20,6 +20,7 @@ from penstock.transfer import (
     Meter,
     PartialFile,
     ProgressCallback,
+    received,
     upload_messages,
 )
 from penstock.transport import new_request_id
@@ -115,7 +116,7 @@ class AsyncTransfers(AsyncEnsembles, AsyncStreams):
         """Send what the registry lacks of one file."""
         await self._send_file(
             file,
-            version,
+            received(version.files, file.path),
             meter,
             call=self._registry.UploadArtifact,
             messages=lambda offset: upload_messages(version.name, file, offset, meter),

@@ -158,7 +158,11 @@ class Datasets(Streams):
         if made.state != artifact_pb2.ARTIFACT_STATE_UPLOADING:
             return made
         meter = Meter("upload", total, progress)
-        io.for_each(partial(self._upload_file, made, meter), local, limit=PARALLEL_FILES)
+        have = {file.path: file.received_bytes for file in made.files}
+        lacking = [file for file in local if have.get(file.path, 0) < file.size_bytes]
+        meter.add(total - sum(file.size_bytes for file in lacking))
+        upload = partial(self._upload_file, made.name, have, meter)
+        io.for_each(upload, lacking, limit=PARALLEL_FILES)
         return self._unary(self._artifacts.FinalizeArtifact, service.FinalizeArtifactRequest(name=made.name))
 
     def get_dataset(self, dataset: str) -> artifact_pb2.Artifact:
@@ -221,15 +225,15 @@ class Datasets(Streams):
             raise InvalidArgument(f"{dataset!r}: say which version, as {dataset}:NUMBER.")
         self._delete(self._artifacts.DeleteArtifact, service.DeleteArtifactRequest(name=name))
 
-    def _upload_file(self, artifact: artifact_pb2.Artifact, meter: Meter, file: LocalFile) -> None:
+    def _upload_file(self, artifact: str, have: Mapping[str, int], meter: Meter, file: LocalFile) -> None:
         self._send_file(
             file,
-            artifact,
+            have.get(file.path, 0),
             meter,
             call=self._artifacts.UploadFile,
-            messages=lambda offset: file_messages(artifact.name, file, offset, meter),
+            messages=lambda offset: file_messages(artifact, file, offset, meter),
             look=self._artifacts.GetArtifact,
-            request=service.GetArtifactRequest(name=artifact.name),
+            request=service.GetArtifactRequest(name=artifact),
         )
 
     def _download_file(self, artifact: str, folder: Path, meter: Meter, file: version_pb2.BundleFile) -> None:

@@ -40,7 +40,7 @@ class Streams(Core):
     def _send_file(
         self,
         file: LocalFile,
-        owner: Owner,
+        offset: int,
         meter: Meter,
         *,
         call: io.StreamUnary[Sent, Any],
@@ -52,14 +52,13 @@ class Streams(Core):
 
         Args:
             file: The file.
-            owner: What it belongs to, as the registry has it.
+            offset: Bytes of it that the registry has.
             meter: Counts its bytes.
             call: Receives the messages, and answers the file as it is then.
             messages: The messages from an offset on.
-            look: Asks for the owner anew, with `request`.
+            look: Asks for what it belongs to, with `request`.
             request: What `look` is given.
         """
-        offset = received(owner.files, file.path)
         meter.resume_at(offset, file.path)
         attempts = Attempts(_FILE_TIMEOUT_SECONDS, self._retry_seconds)
         fruitless = 0

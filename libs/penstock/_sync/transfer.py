@@ -21,6 +21,7 @@ from penstock.transfer import (
     Meter,
     PartialFile,
     ProgressCallback,
+    received,
     upload_messages,
 )
 from penstock.transport import new_request_id
@@ -114,7 +115,7 @@ class Transfers(Ensembles, Streams):
         """Send what the registry lacks of one file."""
         self._send_file(
             file,
-            version,
+            received(version.files, file.path),
             meter,
             call=self._registry.UploadArtifact,
             messages=lambda offset: upload_messages(version.name, file, offset, meter),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Row, Select, and_, func, insert, select, update
+from sqlalchemy import Row, Select, and_, func, insert, select, true, update
 from sqlalchemy.dialects.postgresql import insert as insert_or
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -58,7 +58,9 @@ class ArtifactRepository:
         await hold_blobs(self._session, (file.sha256 for file in artifact.files))
         return uid
 
-    async def get(self, artifact: str, number: int, *, lock: bool = False) -> Artifact:
+    async def get(
+        self, artifact: str, number: int, *, lock: bool = False, path: str | None = None
+    ) -> Artifact:
         """Return an artifact that is not DELETED."""
         statement = _artifacts().where(
             ArtifactRow.artifact == artifact,
@@ -72,7 +74,7 @@ class ArtifactRepository:
         row = (await self._session.execute(statement)).one_or_none()
         if row is None:
             raise _not_found(artifact_name(artifact, number))
-        return (await self._whole([row]))[0]
+        return (await self._whole([row], path))[0]
 
     async def get_by_uid(self, uid: int) -> Artifact:
         """Return an artifact in whatever state."""
@@ -183,8 +185,10 @@ class ArtifactRepository:
                 return rows[:index]
         return rows
 
-    async def _whole(self, rows: Sequence[Row[ArtifactVersionRow, str, str]]) -> list[Artifact]:
-        """Return the artifacts of rows with their files."""
+    async def _whole(
+        self, rows: Sequence[Row[ArtifactVersionRow, str, str]], path: str | None = None
+    ) -> list[Artifact]:
+        """Return the artifacts of rows with their files, or with one file."""
         if not rows:
             return []
         files: dict[int, list[BundleFile]] = {row[0].uid: [] for row in rows}
@@ -204,7 +208,10 @@ class ArtifactRepository:
                     BlobRow.size_bytes == ArtifactFileRow.size_bytes,
                 ),
             )
-            .where(ArtifactFileRow.version_uid.in_(files))
+            .where(
+                ArtifactFileRow.version_uid.in_(files),
+                ArtifactFileRow.path == path if path is not None else true(),
+            )
         )
         for file in found:
             complete = file.blob is not None or file.size_bytes == 0 or file.version_uid in ready

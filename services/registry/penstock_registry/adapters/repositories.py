@@ -205,9 +205,9 @@ class BlobRepository:
             .on_conflict_do_nothing(index_elements=[BlobRow.sha256])
         )
 
-    async def remove(self, sha256: str) -> None:
-        """Forget a blob."""
-        await self._session.execute(delete(BlobRow).where(BlobRow.sha256 == sha256))
+    async def remove(self, *sha256s: str) -> None:
+        """Forget blobs."""
+        await self._session.execute(delete(BlobRow).where(BlobRow.sha256.in_(sha256s)))
 
     async def lock_unused(self, sha256s: Sequence[str]) -> list[str]:
         """Return blobs that nothing needs."""

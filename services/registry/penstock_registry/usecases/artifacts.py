@@ -106,7 +106,7 @@ async def upload(
     """
     files.check_offset(offset)
     async with ports.work() as work:
-        found = await work.artifacts.get(artifact, number)
+        found = await work.artifacts.get(artifact, number, path=path)
     file = files.announced(found, path)
     if file.complete:
         return file
@@ -148,7 +148,7 @@ async def download(ports: Ports, artifact: str, number: int, path: str, offset: 
         DataLoss: The stored bytes are not those that were uploaded.
     """
     async with ports.work() as work:
-        found = await work.artifacts.get(artifact, number)
+        found = await work.artifacts.get(artifact, number, path=path)
     file = files.announced(found, path)
     require(found, ArtifactState.READY, to="be downloaded")
     async for chunk in files.send(ports, found, file, offset):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from dataclasses import replace
 
 from penstock_kit.errors import (
@@ -19,7 +19,7 @@ from penstock_registry.domain.files import BundleFile
 from penstock_registry.usecases.ports import Ports, Receiver
 
 MAX_CHUNK_BYTES = 1024 * 1024
-# Heads of one bundle asked for at once from a remote store.
+# Calls of a remote store at once.
 _PARALLEL_CHECKS = 16
 
 
@@ -108,18 +108,7 @@ async def check_stored(ports: Ports, files: Iterable[BundleFile]) -> None:
                 metadata={"path": file.path},
             )
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for file in {file.sha256: file for file in files if file.size_bytes}.values():
-                group.create_task(check(file))
-    except BaseExceptionGroup as errors:
-        # Not `except*`: before Python 3.11.4 that wraps even one error that it raises in a group.
-        if errors.split(PenstockError)[1] is not None:
-            raise
-        first: BaseException = errors
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from None
+    await _all(check(file) for file in {file.sha256: file for file in files if file.size_bytes}.values())
 
 
 async def collect(ports: Ports, files: Iterable[BundleFile]) -> int:
@@ -132,12 +121,17 @@ async def collect(ports: Ports, files: Iterable[BundleFile]) -> int:
     Raises:
         Unavailable: The store cannot be reached; the space is not given back.
     """
+    limit = asyncio.Semaphore(_PARALLEL_CHECKS)
+
+    async def remove(sha256: str) -> None:
+        async with limit:
+            await ports.blobs.delete(sha256)
+
     sums = sorted({file.sha256 for file in files if file.size_bytes})
     async with ports.work() as work:
         unused = await work.blobs.lock_unused(sums)
-        for sha256 in unused:
-            await ports.blobs.delete(sha256)
-            await work.blobs.remove(sha256)
+        await _all(remove(sha256) for sha256 in unused)
+        await work.blobs.remove(*unused)
         await work.commit()
     return len(unused)
 
@@ -202,6 +196,22 @@ def check_offset(offset: int) -> None:
     """
     if offset < 0:
         raise InvalidArgument(f"offset is {offset}; it counts bytes from the beginning of the file.")
+
+
+async def _all(works: Iterable[Coroutine[None, None, None]]) -> None:
+    """Do all of it at once; the first error ends the rest and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+    except BaseExceptionGroup as errors:
+        # Not `except*`: before Python 3.11.4 that wraps even one error that it raises in a group.
+        if errors.split(PenstockError)[1] is not None:
+            raise
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
 
 
 async def _register(ports: Ports, file: BundleFile) -> None:

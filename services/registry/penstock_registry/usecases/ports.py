@@ -115,8 +115,12 @@ class Artifacts(Protocol):
             FailedPrecondition: The name is one of another kind.
         """
 
-    async def get(self, artifact: str, number: int, *, lock: bool = False) -> Artifact:
+    async def get(
+        self, artifact: str, number: int, *, lock: bool = False, path: str | None = None
+    ) -> Artifact:
         """Return an artifact that is not DELETED; with `lock`, nobody else changes it until the end.
+
+        With a path it comes with that file alone, if it has it: there may be tens of thousands.
 
         Raises:
             NotFound: There is none.
@@ -170,8 +174,8 @@ class BlobIndex(Protocol):
     async def add(self, sha256: str, size_bytes: int) -> None:
         """Remember that a blob is stored and was right."""
 
-    async def remove(self, sha256: str) -> None:
-        """Forget a blob, so that the next upload of it stores it again."""
+    async def remove(self, *sha256s: str) -> None:
+        """Forget blobs, so that the next upload of each stores it again."""
 
     async def lock_unused(self, sha256s: Sequence[str]) -> list[str]:
         """Return those of some blobs that nothing announced needs; nobody announces them until the end.
