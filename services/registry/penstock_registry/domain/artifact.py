@@ -151,7 +151,7 @@ def check_artifact(artifact: Artifact) -> None:
 
 
 def _check_description(description: Mapping[str, Any]) -> None:
-    text = json.dumps(description, ensure_ascii=False)
+    text = json.dumps(dict(description), ensure_ascii=False)
     if len(text.encode(errors="replace")) > MAX_DESCRIPTION_BYTES or "\\u0000" in text:
         raise InvalidArgument(
             f"description is longer than {MAX_DESCRIPTION_BYTES} bytes, or has a NUL in it."
