@@ -37,8 +37,6 @@ from penstock_worker.adapters.training.strategies import Parts, Strategy, open_s
 from penstock_worker.usecases.job_context import JobFailure
 from support.job_context import FileJobContext
 
-CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class Case:
@@ -60,6 +58,7 @@ class Case:
         micro: Rows that are computed at once.
         slow: Seconds that each step takes longer in one rank.
         slow_rank: Which.
+        gpus: GPUs that ranks compute on; 0 for the CPU.
     """
 
     strategy: dict[str, Any] = field(default_factory=dict)
@@ -77,6 +76,7 @@ class Case:
     micro: int = 0
     slow: float = 0.0
     slow_rank: int = 1
+    gpus: int = 0
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class SlowRows:
         return self._rows.batch(indices)
 
 
-def digits(model: str, rows: int) -> tuple[TensorRows, TensorRows]:
+def digits(model: str, rows: int, device: torch.device) -> tuple[TensorRows, TensorRows]:
     """Digits to train on, and those held out, as a model takes them."""
     inputs, targets = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(targets))
@@ -166,7 +166,7 @@ def digits(model: str, rows: int) -> tuple[TensorRows, TensorRows]:
         x = (x * 16).round().to(torch.int64)
         if model == "gpt":
             x, y = x[:, :-1], x[:, 1:]
-    return TensorRows(x[:rows], y[:rows], CPU), TensorRows(x[1400:], y[1400:], CPU)
+    return TensorRows(x[:rows], y[:rows], device), TensorRows(x[1400:], y[1400:], device)
 
 
 def batches(rows: int, batch_size: int, start: int) -> Iterator[Tensor]:
@@ -182,7 +182,8 @@ def batches(rows: int, batch_size: int, start: int) -> Iterator[Tensor]:
 
 def parts_of(case: Case, rank: int) -> tuple[Parts, TensorRows]:
     rows: TensorRows | SlowRows
-    rows, held_out = digits(case.model, case.rows)
+    device = torch.device("cuda", rank % case.gpus) if case.gpus else torch.device("cpu")
+    rows, held_out = digits(case.model, case.rows, device)
 
     if case.slow and rank == case.slow_rank:
         rows = SlowRows(rows, case.slow)
@@ -197,7 +198,7 @@ def parts_of(case: Case, rank: int) -> tuple[Parts, TensorRows]:
         made: torch.optim.Optimizer = kind(parameters, **case.options)
         return made
 
-    weights = torch.linspace(0.5, 2.0, 10) if case.weighted else None
+    weights = torch.linspace(0.5, 2.0, 10, device=device) if case.weighted else None
     parts = Parts(
         build_model=build,
         build_optimizer=build_optimizer,
@@ -347,10 +348,16 @@ def main() -> None:
         os.environ["MASTER_PORT"] = str(ports[number])
         # Each group puts another one before it, and with it the rank before each line.
         sys.excepthook = sys.__excepthook__
+        case = Case(**found)
         context = FileJobContext(
-            root / "job", job_pb2.Job(name="jobs/together"), rank=rank, world_size=size, local_rank=rank
+            root / "job",
+            job_pb2.Job(name="jobs/together"),
+            rank=rank,
+            world_size=size,
+            local_rank=rank,
+            devices=[f"cuda:{gpu}" for gpu in range(case.gpus)] or ["cpu"],
         )
-        result = run_case(Case(**found), context)
+        result = run_case(case, context)
         said = {name: value for name, value in vars(result).items() if name != "weights"}
         (root / f"result.{number}.{rank}.json").write_text(json.dumps(said))
         if rank == 0:
