@@ -238,6 +238,24 @@ def test_who_does_not_stop_for_a_checkpoint_is_ended() -> None:
     assert world.job().state is JobState.QUEUED
 
 
+def test_a_job_that_makes_room_waits_for_its_last_events() -> None:
+    world = JobWorld(node("n1"))
+    world.submit()
+    world.until(JobState.RUNNING)
+    world.snapshot = replace(
+        world.snapshot, nodes={n: replace(each, draining=True) for n, each in world.snapshot.nodes.items()}
+    )
+    world.step(obey=False)
+    world.say("fit/tasks/0", TaskState.STOPPED, last_event=9)
+    for _ in range(3):
+        world.step(obey=False)
+        assert world.job().state is JobState.STOPPING
+    (task,) = world.tasks()
+    world.snapshot = replace(world.snapshot, tasks={task.id: replace(task, stored_event=9)})
+    world.step(obey=False)
+    assert world.job().state is JobState.QUEUED
+
+
 def test_a_job_that_runs_too_long_fails_with_all_its_attempts_counted() -> None:
     world = JobWorld(node("n1"))
     world.submit(timeout=timedelta(seconds=20))

@@ -223,6 +223,11 @@ class JobDraft:
 
     def _observe_gone(self, task: Task, seen: ObservedTask | None) -> Task:
         """A task that should run, and of which nothing does."""
+        if task.order is Order.STOP and task.working and seen is not None and seen.last_event:
+            # It stays in the desired state until its last events are stored: its agent forgets them then.
+            if seen.last_event != task.last_event:
+                return replace(task, last_event=seen.last_event, update_time=self._now)
+            return task if self._awaits_events(task) else task.stopped(self._now, seen.message)
         if not task.working or task.order is Order.STOP:
             return task.stopped(self._now, task.message if seen is None else seen.message)
         if seen is None and task.state is TaskState.STARTING:
@@ -240,10 +245,13 @@ class JobDraft:
     def _let_go(self, job: Job) -> None:
         """Frees tasks that have ended, once their events are stored or were waited for long enough."""
         for task in self.tasks_of(job.id):
-            waited = (self._now - task.update_time).total_seconds()
-            stored = task.stored_event >= task.last_event or waited > self._policy.events_seconds
-            if not task.working and stored:
+            if not task.working and not self._awaits_events(task):
                 self.tasks[task.id] = task.stopped(self._now)
+
+    def _awaits_events(self, task: Task) -> bool:
+        """Whether events of a task that has ended are still to be stored, and worth waiting for."""
+        waited = (self._now - task.update_time).total_seconds()
+        return task.stored_event < task.last_event and waited <= self._policy.events_seconds
 
     def _order(self, job: Job, order: Order) -> None:
         for task in self.tasks_of(job.id):
