@@ -27,7 +27,8 @@ from support.models import (
     write_manifest,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+# In one process: what torch's exporter learns about ONNX takes a second each time.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("conversion")]
 
 
 def answers(version: FetchedVersion, **inputs: Any) -> dict[str, Any]:

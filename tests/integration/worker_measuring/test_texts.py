@@ -17,7 +17,7 @@ from penstock_worker.adapters.training.texts import encode_padded, encode_stream
 from penstock_worker.usecases.job_context import FetchedDataset, JobFailure
 from support.job_context import dataset_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.training, pytest.mark.filterwarnings("ignore")]
 
 TEXTS = [f"row {number} is {'good' if number % 2 else 'bad'} and says so" for number in range(40)]
 

@@ -16,6 +16,7 @@ from penstock.registry.v1 import manifest_pb2
 from penstock_kit.oip import Signature
 from penstock_worker.adapters.measuring.loading import OpenedVersion
 from penstock_worker.adapters.measuring.rows import drawn_inputs
+from penstock_worker.adapters.runtimes.cpu_int8 import register_operators_for
 from penstock_worker.adapters.runtimes.pt2_safety import refuse_unsafe_pt2
 from penstock_worker.adapters.training.architectures import Blueprint
 from penstock_worker.adapters.training.export import PROGRAM_FILE, write_bundle
@@ -75,6 +76,7 @@ def exported_program(source: Source) -> torch.export.ExportedProgram:
     kind = source.manifest.format
     if kind == "pt2":
         refuse_unsafe_pt2(source.entrypoint)
+        register_operators_for(source.entrypoint)
         return torch.export.load(str(source.entrypoint))
     if kind == "safetensors":
         return _of_recipe(source)
