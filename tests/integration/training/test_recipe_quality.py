@@ -133,8 +133,8 @@ def test_a_language_model_beats_counting_words_and_pairs_of_words(
         f"{unigram:.1f}, of counted pairs {bigram:.1f}; {metrics['held_out/bits_per_byte']:.2f} bits by byte "
         f"in {context.found()['seconds']} s"
     )
-    assert metrics["held_out/perplexity"] <= 0.25 * unigram
-    assert metrics["held_out/perplexity"] <= 0.8 * bigram
+    assert metrics["held_out/perplexity"] <= 0.15 * unigram
+    assert metrics["held_out/perplexity"] <= 0.95 * bigram
 
 
 def _perplexities(dataset: FetchedDataset, bundle: Path) -> tuple[float, float]:
