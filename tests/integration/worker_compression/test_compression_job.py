@@ -23,7 +23,7 @@ from support.training import example
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return digits_cnn(tmp_path_factory.mktemp("digits"), epochs=4)
+    return digits_cnn(tmp_path_factory.mktemp("digits"), epochs=3)
 
 
 @pytest.fixture(autouse=True)

@@ -39,11 +39,12 @@ def write_bundle(
 
     Returns:
         The manifest: what the source's says, with runtime, format and entrypoint of the result, without what
-        holds for the source alone (metrics, lineage, gate, resources).
+        holds for the source alone (metrics, lineage, gate).
     """
     manifest = manifest_pb2.Manifest(
         signature=source.signature,
         batching=source.batching,
+        resources=source.resources,
         license=source.license,
         parameters=source.parameters,
         runtime="onnx" if subject.format == "onnx" else "torch",

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import nn
 
@@ -27,7 +28,7 @@ from penstock_worker.adapters.compression.layers import layers, repeated_blocks
 from penstock_worker.adapters.compression.pipeline import run_step
 from penstock_worker.adapters.compression.source import Source
 from penstock_worker.adapters.compression.steps.prune_channels import free_layers
-from penstock_worker.adapters.compression.subject import Subject
+from penstock_worker.adapters.compression.subject import Subject, load_program
 from penstock_worker.adapters.compression.tools import Tools
 from penstock_worker.adapters.compression.trial import Effort, Scale
 from penstock_worker.adapters.measuring.loading import ModelError
@@ -178,19 +179,14 @@ class Search:
     def _facts(self) -> ModelFacts:
         subject = self._source.subject(self._context.scratch)
         if subject.module is None:
-            import onnx
-
-            kinds = ["MatMul"]
-            if subject.graph is not None and subject.graph.suffix == ".onnx":
-                kinds = [node.op_type for node in onnx.load(subject.graph).graph.node]
-            else:
-                kinds += ["Conv"] * self._has_convolutions(subject)
+            kinds = _operators(subject.need_graph())
             return ModelFacts(
                 trainable=False,
-                convolutions=kinds.count("Conv"),
-                linears=kinds.count("MatMul") + kinds.count("Gemm"),
+                convolutions=sum("conv" in kind for kind in kinds),
+                linears=sum(kind in {"matmul", "gemm"} or "linear" in kind for kind in kinds),
                 free_layers=0,
                 blocks=0,
+                tables=subject.format == "onnx" or any("embedding" in kind for kind in kinds),
             )
         module = subject.module
         found = layers(module)
@@ -201,13 +197,8 @@ class Search:
             linears=sum(isinstance(layer, nn.Linear) for layer in found.values()),
             free_layers=len(free_layers(module, self._tools.example())),
             blocks=len(blocks.names) if blocks else 0,
+            tables=any(isinstance(part, nn.Embedding) for part in module.modules()),
         )
-
-    def _has_convolutions(self, subject: Subject) -> int:
-        from penstock_worker.adapters.compression.subject import load_program
-
-        program = load_program(subject.need_graph())
-        return int(any("conv" in str(node.target) for node in program.graph.nodes))
 
     def _rungs(self, all_bodies: Sequence[Body], ends: Sequence[Steps]) -> None:
         alive = {body.name: body for body in all_bodies}
@@ -427,6 +418,13 @@ class Search:
         for place in self._repaired:
             shutil.copytree(directory / place, self._modules / place, dirs_exist_ok=True)
         self._context.log(f"Going on after trial {self._step}, {self._spent:.0f} s into the search.")
+
+
+def _operators(graph: Path) -> list[str]:
+    """Return what a pushed graph computes, in lower case."""
+    if graph.suffix == ".onnx":
+        return [node.op_type.lower() for node in onnx.load(graph).graph.node]
+    return [str(node.target).lower() for node in load_program(graph).graph.nodes]
 
 
 def _place(body: str, rung: int) -> str:

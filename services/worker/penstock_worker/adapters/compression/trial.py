@@ -54,6 +54,8 @@ class Scale:
 
     def quality(self, rows: int = 0) -> Quality:
         """Return the source's metrics on so many rows (0: all)."""
+        if rows >= len(self._questions):
+            rows = 0
         if rows not in self._qualities:
             self._qualities[rows] = measure_quality(
                 self.opened, self._questions, limit=rows, progress=self._watch
