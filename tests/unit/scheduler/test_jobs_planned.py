@@ -21,8 +21,10 @@ def test_a_job_runs_and_succeeds_once_the_registry_has_its_results() -> None:
     world.say("fit/tasks/0", TaskState.SUCCEEDED, results=RESULT, report=b"found")
     world.step()
     assert world.job().state is JobState.FINALIZING
+    world.registry["fit"] = RegistryWord(problem="The registry cannot be reached.")
     world.step(100)
     assert world.job().state is JobState.FINALIZING
+    assert world.job().message == "Its results are being made final. The registry cannot be reached."
     assert not world.tasks()
     world.registry["fit"] = RegistryWord(final=True)
     world.step()

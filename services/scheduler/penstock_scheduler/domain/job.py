@@ -312,9 +312,11 @@ class RegistryWord:
         refusal: why one of them will never be; empty if none was refused.
         note: what became of them, for people.
         deleted: leftovers that are gone.
+        problem: why it says nothing for now; it is asked again.
     """
 
     final: bool = False
     refusal: str = ""
     note: str = ""
     deleted: frozenset[str] = frozenset()
+    problem: str = ""

@@ -50,10 +50,11 @@ class JobResults:
         self._wake = Wake()
         self._open: dict[str, Job] = {}
         self._words: dict[str, RegistryWord] = {}
+        self._problems: dict[str, str] = {}
 
     def words(self) -> Mapping[str, RegistryWord]:
         """What the registry has said, by job."""
-        return dict(self._words)
+        return {**{id_: RegistryWord(problem=why) for id_, why in self._problems.items()}, **self._words}
 
     def follow(self, jobs: Iterable[Job]) -> None:
         """Takes up which jobs wait for the registry's word."""
@@ -62,8 +63,9 @@ class JobResults:
             for job in jobs
             if (job.state is JobState.FINALIZING and job.results) or (job.ended and job.leftovers)
         }
-        for id_ in [id_ for id_ in self._words if id_ not in waiting]:
-            del self._words[id_]
+        for kept in (self._words, self._problems):
+            for id_ in [id_ for id_ in kept if id_ not in waiting]:
+                del kept[id_]
         # A word about its results says nothing about what is to be deleted when it has ended.
         for id_, job in waiting.items():
             known = self._open.get(id_)
@@ -98,6 +100,7 @@ class JobResults:
             word = await (self._clean(job) if job.ended else self._finalize(job))
         except PenstockError as error:
             log.warning("the registry cannot be asked about the results of job %s: %s", job.id, error)
+            self._problems[job.id] = str(error)
             return True
         self._words[job.id] = word
         self._wakeup.wake()

@@ -31,6 +31,7 @@ UNKNOWN_FAILURE = "FAILED"
 AGENT_RESTARTED = "AGENT_RESTARTED"
 """An agent's word for a task that cannot go on because the agent itself was ended."""
 
+FINALIZING = "Its results are being made final."
 LONGEST_BACK_OFF = timedelta(seconds=60)
 _NOTHING = RegistryWord()
 
@@ -304,7 +305,7 @@ class JobDraft:
             stop=None,
             failure_reason="",
         )
-        return finished.advance(JobState.FINALIZING, self._now, "Its results are being made final.")
+        return finished.advance(JobState.FINALIZING, self._now, FINALIZING)
 
     def _stop(self, job: Job) -> Job:
         """STOPPING: what was decided may still change, until nothing is held any more."""
@@ -373,7 +374,7 @@ class JobDraft:
             return self._end(refused, JobState.FAILED, word.refusal)
         if word.final or not job.results:
             return self._end(job, JobState.SUCCEEDED, word.note)
-        return job
+        return job.says(f"{FINALIZING} {word.problem}".strip(), self._now)
 
     def _end(self, job: Job, state: JobState, why: str) -> Job:
         made = dict.fromkeys((*job.leftovers, *job.results))
