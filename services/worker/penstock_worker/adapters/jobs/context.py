@@ -9,6 +9,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ CHECKPOINT_SECONDS = 30.0
 PROGRESS_SECONDS = 0.25
 MAX_REPORT_BYTES = 1024 * 1024
 MAX_LINE_CHARACTERS = 4_000
-COMMIT_SECONDS = 120.0
-"""How long the ranks of a checkpoint may be apart; one that is gone for so long does not come."""
+AGREE_SECONDS = 300.0
+"""How long ranks wait for one another before they begin: each node first sends what it has."""
 
 
 class RankContext:
@@ -54,6 +55,7 @@ class RankContext:
         self._progress: dict[str, Any] | None = None
         self._checkpoint_at = time.monotonic()
         self._store: Any = None
+        self._agreed = False
         said = self._job.train.checkpoint_interval.ToTimedelta().total_seconds()
         self._interval = said or CHECKPOINT_SECONDS
         self._scratch = Path(config.directory, "scratch", f"{self._rank}")
@@ -172,8 +174,6 @@ class RankContext:
 
     def commit_checkpoint(self, step: int) -> None:
         """See `JobContext`."""
-        if self.config.tasks > 1:
-            self._agree(int(step))
         self.line.call("commit_checkpoint", step=int(step), world_size=self._world_size)
         self._checkpoint_at = time.monotonic()
 
@@ -262,29 +262,24 @@ class RankContext:
 
     # Several nodes: the ranks agree through torch's store.
 
-    def _agree(self, step: int) -> None:
-        """Wait until all ranks have written their files of a checkpoint.
-
-        Raises:
-            RuntimeError: One of them is gone.
-        """
-        from datetime import timedelta
-
-        store = self._shared()
-        if store.add(f"checkpoint/{step}", 1) == self._world_size:
-            store.set(f"checkpoint/{step}/all", b"1")
-        store.wait([f"checkpoint/{step}/all"], timedelta(seconds=COMMIT_SECONDS))
-
     def _common_checkpoint(self) -> tuple[int, Path] | None:
-        """Take the checkpoint that rank 0 finds: all nodes go on from the same."""
-        from datetime import timedelta
+        """Take the checkpoint that rank 0 finds in the registry: all nodes go on from the same.
 
-        store = self._shared()
+        The first call of a rank is one of all ranks; what comes later only looks.
+        """
+        if self._agreed:
+            return _found(self.line.call("last_checkpoint", step=-1, shared=True))
+        self._agreed = True
+        store, patience = self._shared(), timedelta(seconds=AGREE_SECONDS)
+        self.line.call("settle")
+        if store.add("checkpoint/settled", 1) == self._world_size:
+            store.set("checkpoint/all", b"1")
         if self._rank == 0:
+            store.wait(["checkpoint/all"], patience)
             found = _found(self.line.call("last_checkpoint", step=-1, shared=True))
             store.set("checkpoint/last", str(found[0] if found else -1).encode())
             return found
-        store.wait(["checkpoint/last"], timedelta(seconds=COMMIT_SECONDS))
+        store.wait(["checkpoint/last"], patience)
         step = int(store.get("checkpoint/last"))
         if step < 0:
             return None

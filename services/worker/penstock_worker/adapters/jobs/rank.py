@@ -223,7 +223,7 @@ def _environment(config: LauncherConfig, given: Mapping[str, str], local: int, m
     }
     if config.ranks > 1 or config.tasks > 1:
         found |= {"LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(config.ranks)}
-        if config.tasks == 1:
+        if config.tasks == 1 or config.host.startswith("127."):
             # What stays on this machine needs no name of it that others could look up.
             found["GLOO_SOCKET_IFNAME"] = "lo"
     return found

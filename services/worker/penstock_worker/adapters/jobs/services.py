@@ -28,6 +28,8 @@ from penstock_worker.usecases.ports import BundleStore
 
 SETTLE_SECONDS = 60.0
 """How long a group over several nodes waits for the upload of its last checkpoint before it goes on."""
+LOOK_SECONDS = 5.0
+"""How long the registry is asked for a newer checkpoint where there is one on this disk."""
 GENERATIONS = 1_000_000
 """More than one launcher starts its ranks: generations of different launchers are told apart."""
 MAX_LINE_CHARACTERS = 4_000
@@ -133,6 +135,9 @@ class TaskClerk:
             case "last_checkpoint":
                 found = await self._last(int(fields["step"]), generation, shared=bool(fields.get("shared")))
                 return {"step": found[0], "path": str(found[1])} if found else {}
+            case "settle":
+                await self._room.settle(SETTLE_SECONDS)
+                return {}
             case "publish_version":
                 return await self._publish_version(fields)
             case "publish_artifact":
@@ -249,7 +254,8 @@ class TaskClerk:
         await in_thread(room.mark_part, path, step, desired.index, desired.tasks)
         complete = await in_thread(room.store.commit, step, rank, desired.ranks, self._group(generation))
         if complete:
-            if desired.index == 0:
+            self._restored.clear()
+            if desired.tasks == 1:
                 self._note_checkpoint(step, "")
             room.send(
                 step,
@@ -281,13 +287,13 @@ class TaskClerk:
         local = await in_thread(room.store.last)
         if local is not None and (shared or await in_thread(room.parts_of, local[1]) != 1):
             # Other nodes do not have it, or this one does not have all of it.
-            await room.settle(SETTLE_SECONDS)
             local = None
         if local is not None and generation > GENERATIONS:
             return local
         try:
-            stored = await room.stored()
-        except PenstockError:
+            async with asyncio.timeout(None if local is None else LOOK_SECONDS):
+                stored = await room.stored()
+        except (PenstockError, TimeoutError):
             if local is None:
                 raise
             return local
