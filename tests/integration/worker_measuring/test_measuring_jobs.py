@@ -77,6 +77,15 @@ def test_a_profile_has_a_point_for_each_size_and_is_stored_on_the_version(tmp_pa
     assert context.lines("progress")[-1]["done"] == 2
 
 
+@pytest.mark.training  # a process of its own imports torch first
+def test_a_profile_of_more_rows_than_one_call_takes_is_refused(tmp_path: Path) -> None:
+    work = ProfileWork(version=VERSION, batch_sizes=[1, 129])
+    context = context_of(tmp_path, job_pb2.Job(profile=work))
+    with pytest.raises(JobFailure, match="takes at most 128 rows in one call") as failure:
+        profile_job.run(context)
+    assert failure.value.cause == "INVALID_RECIPE"
+
+
 def test_a_profile_that_shall_stop_stops(tmp_path: Path) -> None:
     context = context_of(tmp_path, job_pb2.Job(profile=ProfileWork(version=VERSION)))
     context.stop()

@@ -24,7 +24,7 @@ def run(context: JobContext) -> None:
 
     Raises:
         JobFailure: UNSUPPORTED if it cannot be opened or raises an error; INVALID_DATA if the dataset does
-            not fit; OUT_OF_MEMORY.
+            not fit; INVALID_RECIPE for more rows than it takes in one call; OUT_OF_MEMORY.
     """
     if context.rank:
         return
@@ -49,6 +49,13 @@ def run(context: JobContext) -> None:
     with open_fetched(context, fetched) as opened:
         inputs = Inputs(context, opened, work.dataset)
         sizes = list(work.batch_sizes) or usual_sizes(opened)
+        most = opened.max_rows if opened.batched else 1
+        if max(sizes) > most:
+            raise JobFailure(
+                f"{fetched.version.name} takes at most {most} row{'s' if most > 1 else ''} in one call; batch "
+                f"size {max(sizes)} is none of its.",
+                "INVALID_RECIPE",
+            )
         try:
             found = measure_speed(
                 [opened], sizes, lambda _, rows: inputs(rows), seconds=seconds, progress=progress
