@@ -135,13 +135,13 @@ class CannedRegistry(
         if self.refusal is not None:
             raise self.refusal
         self.finalized.append(request.name)
-        return version_pb2.Version(name=request.name)
+        return version_pb2.Version(name=request.name, state=version_pb2.VERSION_STATE_READY)
 
     async def FinalizeArtifact(self, request: Any, context: Any) -> artifact_pb2.Artifact:
         if self.refusal is not None:
             raise self.refusal
         self.finalized.append(request.name)
-        return artifact_pb2.Artifact(name=request.name)
+        return artifact_pb2.Artifact(name=request.name, state=artifact_pb2.ARTIFACT_STATE_READY)
 
     async def DeleteVersion(self, request: Any, context: Any) -> Empty:
         self.deleted.append(request.name)

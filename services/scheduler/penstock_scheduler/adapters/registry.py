@@ -89,13 +89,17 @@ class GrpcRegistry:
         try:
             if name.startswith("artifacts/"):
                 request = artifact_service_pb2.FinalizeArtifactRequest(name=name)
-                await self._artifacts.FinalizeArtifact(request, timeout=FINALIZE_TIMEOUT_SECONDS)
+                made = await self._artifacts.FinalizeArtifact(request, timeout=FINALIZE_TIMEOUT_SECONDS)
+                ready = made.state == artifact_pb2.ARTIFACT_STATE_READY
             else:
-                await self._stub.FinalizeVersion(
+                found = await self._stub.FinalizeVersion(
                     pb.FinalizeVersionRequest(name=name), timeout=FINALIZE_TIMEOUT_SECONDS
                 )
+                ready = found.state == version_pb2.VERSION_STATE_READY
         except DeadlineExceeded as error:
             raise _late(FINALIZE_TIMEOUT_SECONDS) from error
+        if not ready:  # somebody deleted or archived it meanwhile
+            raise FailedPrecondition(f"{name} is not READY.", reason=Reason.WRONG_STATE)
 
     async def delete(self, name: str, job_id: str) -> None:
         """See `ResultStore.delete`."""

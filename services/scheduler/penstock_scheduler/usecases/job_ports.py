@@ -132,7 +132,8 @@ class ResultStore(Protocol):
         """Makes a version or artifact that a job made READY; nothing if it is.
 
         Raises:
-            NotFound, FailedPrecondition, InvalidArgument: it can never be, or the job did not make it.
+            NotFound, FailedPrecondition, InvalidArgument, DataLoss: it can never be, or the job did not
+                make it.
             Unavailable: the registry cannot be reached.
         """
 

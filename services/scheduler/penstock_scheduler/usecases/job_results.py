@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-from penstock_kit.errors import FailedPrecondition, InvalidArgument, NotFound, PenstockError
+from penstock_kit.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, PenstockError
 from penstock_scheduler.domain.job import Job, JobState, RegistryWord
 from penstock_scheduler.usecases.job_ports import ResultStore
 from penstock_scheduler.usecases.ports import Wakeup
@@ -110,7 +110,7 @@ class JobResults:
         for name in job.results:
             try:
                 await self._registry.finalize(name, job.id)
-            except (NotFound, FailedPrecondition, InvalidArgument) as error:
+            except (NotFound, FailedPrecondition, InvalidArgument, DataLoss) as error:
                 return RegistryWord(refusal=f"The registry does not take {name}: {error}")
         return RegistryWord(final=True, note=await self._canary(job))
 
