@@ -52,8 +52,8 @@ def run(context: JobContext) -> None:
         most = opened.max_rows if opened.batched else 1
         if max(sizes) > most:
             raise JobFailure(
-                f"{fetched.version.name} takes at most {most} row{'s' if most > 1 else ''} in one call; batch "
-                f"size {max(sizes)} is none of its.",
+                f"{fetched.version.name} takes at most {most} row{'s' if most > 1 else ''} in one call, not "
+                f"{max(sizes)}.",
                 "INVALID_RECIPE",
             )
         try:
