@@ -8,8 +8,8 @@ from penstock_kit.jobs.train import Named, Plan, plan_of
 from penstock_kit.jobs.training import OPTIMIZERS
 
 _STRATEGY = "job.train.recipe.strategy"
-# Adafactor puts rows and columns of a tensor together; torch's rprop writes in ways that DTensor lacks.
-_WHOLE_TENSORS = frozenset({"adafactor", "rprop"})
+# These put rows and columns of a tensor together, which slices of it do not have.
+_WHOLE_TENSORS = frozenset({"adafactor"})
 _SLICED = frozenset({"fsdp", "tensor_parallel"})
 
 
@@ -79,9 +79,10 @@ def _check_precision(plan: Plan, name: str, *, gpus: int) -> None:
     field = "job.train.recipe.precision"
     if not gpus:
         raise invalid("The precision fp16 needs a GPU, and the job asks for none. Take bf16 or fp32.", field)
-    if name in {"pipeline", "parameter_server"}:
+    if name not in {"single", "ddp"}:
         raise invalid(
-            f"The strategy {name} cannot compute in fp16, whose losses must be scaled. Take bf16.", field
+            f"The strategy {name} cannot compute in fp16, whose losses must be scaled. Take bf16, or ddp.",
+            field,
         )
 
 

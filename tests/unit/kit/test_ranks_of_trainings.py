@@ -32,6 +32,7 @@ def job(
         (job(2, strategy="single"), "single is one process, and the job asks for 2 ranks"),
         (job(1, precision="fp16"), "fp16 needs a GPU"),
         (job(2, strategy="pipeline", precision="fp16", gpus=1), "cannot compute in fp16"),
+        (job(2, strategy="fsdp", precision="fp16", gpus=1), "cannot compute in fp16"),
         (job(2, strategy="parameter_server", spread={"servers": 2}), "2 of 2 ranks would be servers"),
         (job(1, strategy="parameter_server"), "1 of 1 ranks would be servers"),
         (

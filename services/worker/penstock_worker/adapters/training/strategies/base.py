@@ -321,7 +321,7 @@ class Strategy(ABC):
             for name, parameter in self.parameters().items():
                 for key, value in self.optimizer.state.get(parameter, {}).items():
                     if value is not None:
-                        state[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+                        state[f"optimizer.{name}.{key}"] = self._saved(name, torch.as_tensor(value))
         self._checkpoints.save(directory, state, {**extra, "steps": self.steps}, written)
 
     def settle(self, timeout: float = 300.0) -> None:
@@ -516,14 +516,20 @@ class Strategy(ABC):
             name, _, key = rest.rpartition(".")
             if kind != "optimizer" or name not in parameters:
                 continue
-            parameter = parameters[name]
-            if shape == tuple(parameter.shape):
-                value = torch.zeros_like(parameter.detach(), dtype=dtype)
-            else:
-                value = torch.zeros(shape, dtype=dtype)
-            self.optimizer.state[parameter][key] = value
-            state[full] = value
+            state[full], own = self._restored(name, shape, dtype)
+            self.optimizer.state[parameters[name]][key] = own
         return state
+
+    def _saved(self, name: str, value: Tensor) -> Tensor:
+        """Give what a checkpoint holds of a tensor of the optimizer's state for a parameter."""
+        return value
+
+    def _restored(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Make a tensor to be filled from a checkpoint, and the one of the same memory for the optimizer."""
+        parameter = self.parameters()[name]
+        same = shape == tuple(parameter.shape)
+        value = torch.zeros_like(parameter.detach(), dtype=dtype) if same else torch.zeros(shape, dtype=dtype)
+        return value, value
 
 
 def share(indices: Tensor, part: int, parts: int) -> tuple[Tensor, bool]:

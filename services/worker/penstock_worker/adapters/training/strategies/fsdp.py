@@ -4,7 +4,7 @@ torch's `fully_shard` (FSDP2) cuts each tensor by its first dimension. The block
 one at a time before they compute and freed after, and gradients are scattered as they come, so a rank holds
 little more than weights x 4 / ranks + one block. What is exchanged is half as much again as with ddp.
 
-It works on gloo as it is, the clipping of gradients included.
+It works on gloo as it is.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from penstock_worker.adapters.training.strategies.ddp import DataParallel
+from penstock_worker.adapters.training.strategies.shards import Sliced
 
 
-class FsdpStrategy(DataParallel):
+class FsdpStrategy(Sliced, DataParallel):
     """Keeps a slice of each tensor in each rank."""
 
     name: ClassVar[str] = "fsdp"
-    scales_losses: ClassVar[bool] = True
     predicts_together: ClassVar[bool] = True
     replica: FSDPModule
 
@@ -36,8 +36,7 @@ class FsdpStrategy(DataParallel):
                 fully_shard(block)
         fully_shard(self.module)
         self.replica = self.module
-        # After sharding: its parameters are the slices.
-        self.optimizer = self.parts.build_optimizer(self.module.parameters())
+        self._build_optimizer()
 
     @contextlib.contextmanager
     def _unsynchronized(self) -> Iterator[Any]:

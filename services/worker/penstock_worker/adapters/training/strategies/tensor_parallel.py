@@ -31,11 +31,11 @@ from penstock_worker.adapters.training.architectures.blocks import (
     TokenEmbedding,
     TransformerBlock,
 )
-from penstock_worker.adapters.training.strategies.base import Strategy
+from penstock_worker.adapters.training.strategies.shards import Sliced
 from penstock_worker.usecases.job_context import JobFailure
 
 
-class TensorParallelStrategy(Strategy):
+class TensorParallelStrategy(Sliced):
     """Keeps a part of each layer in each rank."""
 
     name: ClassVar[str] = "tensor_parallel"
@@ -55,14 +55,7 @@ class TensorParallelStrategy(Strategy):
         whole = [name for name, value in self.module.named_parameters() if not isinstance(value, DTensor)]
         if whole:
             self.notes.append(f"Every rank has these whole: {', '.join(_layers(whole))}.")
-        self.optimizer = self.parts.build_optimizer(self.module.parameters())
-        # Optimizers treat tensors of a group at once, which split and whole ones cannot be.
-        self.optimizer.param_groups[:] = [
-            {**group, "params": values}
-            for group in self.optimizer.param_groups
-            for values in _by_kind(group["params"])
-            if values
-        ]
+        self._build_optimizer()
 
     @property
     def stream(self) -> int:
@@ -100,23 +93,6 @@ class TensorParallelStrategy(Strategy):
             self._backward(loss_sum / whole)
             total += loss_sum.detach()
         return total, whole
-
-    def _clip(self, most: float) -> None:
-        split: list[Tensor] = []
-        whole: list[Tensor] = []
-        for parameter in self.module.parameters():
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if isinstance(gradient, DTensor):
-                pieces = any(placement.is_shard() for placement in gradient.placements)
-                (split if pieces else whole).append(gradient.to_local())
-            else:
-                whole.append(gradient)
-        square = self.group.sum_tensor(nn.utils.get_total_norm(split).square().cpu())
-        square = square + nn.utils.get_total_norm(whole).square().cpu()
-        factor = (most / (square.sqrt() + 1e-6)).clamp(max=1.0).to(self.device)
-        torch._foreach_mul_([*split, *whole], factor)
 
 
 def plan_of(model: nn.Module, ranks: int) -> dict[str, Any]:
@@ -172,13 +148,6 @@ def _transformer(block: TransformerBlock, ranks: int) -> Iterator[tuple[str, Any
 def heads_of(attention: Attention) -> int:
     """Count the heads of an attention that is whole."""
     return int(attention.query.out_features // attention.head)
-
-
-def _by_kind(parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    return (
-        [value for value in parameters if isinstance(value, DTensor)],
-        [value for value in parameters if not isinstance(value, DTensor)],
-    )
 
 
 def _layers(names: list[str]) -> list[str]:
