@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ def run_step(subject: Subject, step: Step, tools: Tools) -> Facts:
     start = time.monotonic()
     tools.watch(0, 1, step.name)
     facts = STEPS[step.name](subject, step.parameters, tools)
-    return {**facts, "seconds": time.monotonic() - start}
+    facts = {**facts, "seconds": time.monotonic() - start}
+    return {name: value for name, value in facts.items() if math.isfinite(value)}
 
 
 def run_pipeline(

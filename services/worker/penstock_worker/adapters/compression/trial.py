@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,7 +88,7 @@ class Scale:
             What the bundle is, and what the source was beside it.
 
         Raises:
-            JobFailure: It cannot be opened.
+            JobFailure: It cannot be opened; NUMERICS if its answers are no numbers.
             ModelError: It failed.
         """
         # Both compute with as many threads as they are served with.
@@ -105,6 +106,12 @@ class Scale:
         base = entry_bytes(self.opened.directory, self.opened.manifest)
         size = entry_bytes(directory, manifest)
         metric = self.metric
+        if not math.isfinite(after.metrics.get(metric, math.nan)):
+            raise JobFailure(
+                f"The compressed model's {metric} is {after.metrics.get(metric)}: its answers are no numbers "
+                "any more. Take away less, or repair longer.",
+                "NUMERICS",
+            )
         loss = metric_loss(metric, before.metrics[metric], after.metrics[metric])
         return (
             _outcome(measured.speeds[1], after, size, size / base, measured.best_ratio(1), loss),
@@ -137,7 +144,7 @@ def _outcome(
         throughput=max(speed.rows_per_second for speed in speeds),
         speed_up=speed_up,
         metric_loss=loss,
-        metrics=dict(quality.metrics),
+        metrics={name: value for name, value in quality.metrics.items() if math.isfinite(value)},
         rows=quality.rows,
     )
 
