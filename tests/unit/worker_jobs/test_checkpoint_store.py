@@ -1,0 +1,79 @@
+"""A checkpoint on a disk is complete or not there."""
+
+from pathlib import Path
+
+import pytest
+
+from penstock_worker.adapters import bundle_files
+from penstock_worker.adapters.jobs.checkpoints import CheckpointStore
+from penstock_worker.usecases.job_context import JobFailure
+
+
+def write(store: CheckpointStore, step: int, *, ranks: int = 1, generation: int = 0) -> None:
+    for rank in range(ranks):
+        (store.begin(step, generation) / f"rank-{rank}").write_text(str(step))
+    for rank in range(ranks):
+        complete = store.commit(step, rank, ranks, generation)
+        assert complete == (rank == ranks - 1)
+
+
+def test_a_checkpoint_counts_when_all_ranks_have_said_so(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    directory = store.begin(5, 0)
+    assert store.begin(5, 0) == directory
+    assert not store.commit(5, 0, 2, 0)
+    assert store.last() is None
+    assert store.commit(5, 1, 2, 0)
+    assert store.last() == (5, tmp_path / "5")
+
+
+def test_what_ranks_began_that_were_killed_is_begun_anew_and_their_word_is_not_heard(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    (store.begin(5, 0) / "half").write_text("half")
+    store.commit(5, 0, 2, 0)
+    directory = store.begin(5, 1)
+    assert list(directory.iterdir()) == []
+    assert not store.commit(5, 1, 2, 0)
+    assert not store.commit(5, 0, 2, 1)
+    assert store.commit(5, 1, 2, 1)
+
+
+def test_older_ones_go_but_not_the_last_two_and_not_what_is_held(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 1)
+    store.hold(1)
+    for step in (2, 3, 4):
+        write(store, step, ranks=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "4"]
+    store.release(1)
+    write(store, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+
+def test_an_agent_that_follows_finds_the_last_complete_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 9)
+    write(store, 10)
+    (store.begin(11, 0) / "half").write_text("half")
+    assert CheckpointStore(tmp_path).last() == (10, tmp_path / "10")
+
+
+def test_a_step_that_is_written_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 5)
+    (store.begin(5, 1) / "other").write_text("x")
+    store.commit(5, 0, 1, 1)
+    assert [path.name for path in (tmp_path / "5").iterdir()] == ["other"]
+
+
+def test_a_disk_without_room_for_another_one_is_said_before_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    (store.begin(1, 0) / "weights").write_bytes(b"x" * 1000)
+    store.commit(1, 0, 1, 0)
+    monkeypatch.setattr(bundle_files, "free_bytes", lambda _: 1049)
+    with pytest.raises(JobFailure, match="of step 1, is kept") as caught:
+        store.begin(2, 0)
+    assert caught.value.cause == "OUT_OF_DISK"
+    assert store.last() == (1, tmp_path / "1")
