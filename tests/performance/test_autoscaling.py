@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,43 @@ CALM_RATE = 40
 CALM_SECONDS, STEP_SECONDS = 15, 30
 RESTORED_SECONDS = 10.0
 PATIENT_SECONDS = 20.0
+WAVE_RATE, WAVE_PART, WAVE_SECONDS, WAVES = 200, 0.8, 60, 3
+# Of what a replica can do, as the scheduler reckons (services/scheduler/README.md).
+FULL = 0.85
+
+
+def build_slow(folder: Path) -> None:
+    """A model that takes its time, and no processor."""
+    code = (
+        "import time\n\n\n"
+        'class Model:\n    """Takes its time, and no processor."""\n\n'
+        f"    def predict(self, inputs):\n        time.sleep({SERVICE_SECONDS})\n"
+        '        return {"y": inputs["x"]}\n'
+    )
+    build_python(folder, code, max_batch_size=1)
+
+
+@contextmanager
+def watched(client: penstock.Client, name: str) -> Iterator[list[tuple[float, int, int]]]:
+    """Yield a list of (seconds, desired, ready) to which each change of a deployment is added."""
+    seen: list[tuple[float, int, int]] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        began = time.monotonic()
+        while not done.wait(0.25):
+            now = client.get_deployment(name)
+            entry = (time.monotonic() - began, now.desired_replicas, now.ready_replicas)
+            if not seen or seen[-1][1:] != entry[1:]:
+                seen.append(entry)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +106,7 @@ def test_the_first_request_to_a_cached_torch_model_at_rest_is_answered_soon(
 def test_ten_times_the_load_at_once_is_served_as_it_should_within_ten_seconds(
     mesh: Mesh, tmp_path: Path
 ) -> None:
-    code = (
-        "import time\n\n\n"
-        'class Model:\n    """Takes its time, and no processor."""\n\n'
-        f"    def predict(self, inputs):\n        time.sleep({SERVICE_SECONDS})\n"
-        '        return {"y": inputs["x"]}\n'
-    )
-    build_python(tmp_path / "slow", code, max_batch_size=1)
-    seen: list[tuple[float, int, int]] = []
-    done = threading.Event()
+    build_slow(tmp_path / "slow")
     with penstock.Client(mesh.address) as client:
         client.push(tmp_path / "slow", model="slow")
         client.deploy(
@@ -88,24 +120,12 @@ def test_ten_times_the_load_at_once_is_served_as_it_should_within_ten_seconds(
         )
         client.wait_ready("slow", timeout=60)
 
-        def watch() -> None:
-            began = time.monotonic()
-            while not done.wait(0.25):
-                now = client.get_deployment("slow")
-                entry = (time.monotonic() - began, now.desired_replicas, now.ready_replicas)
-                if not seen or seen[-1][1:] != entry[1:]:
-                    seen.append(entry)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
+        with watched(client, "slow") as seen:
             phases = [Phase(CALM_RATE, CALM_SECONDS), Phase(10 * CALM_RATE, STEP_SECONDS)]
             trace = run(
                 grpc_target(mesh.address, "slow", ECHO_WIDTH), phases, deadline=PATIENT_SECONDS, seed=5
             )
-        finally:
-            done.set()
-            watcher.join()
+        client.undeploy("slow")
     trace.deadline = SERVICE_SECONDS + OBJECTIVE_SECONDS + WAY_SECONDS
     restored = trace.recovered_after(CALM_SECONDS)
     last = trace.between(CALM_SECONDS + RESTORED_SECONDS, CALM_SECONDS + STEP_SECONDS)
@@ -118,3 +138,48 @@ def test_ten_times_the_load_at_once_is_served_as_it_should_within_ten_seconds(
     )
     assert set(trace.codes) == {"OK"}
     assert restored <= RESTORED_SECONDS
+
+
+def changes(numbers: Sequence[int]) -> int:
+    """How many replicas come and go."""
+    return sum(abs(after - before) for before, after in pairwise(numbers))
+
+
+def test_a_wave_moves_no_more_than_twice_the_replicas_that_it_must(mesh: Mesh, tmp_path: Path) -> None:
+    build_slow(tmp_path / "wavy")
+
+    def rate(second: float) -> float:
+        return WAVE_RATE * (1 + WAVE_PART * math.sin(2 * math.pi * second / WAVE_SECONDS))
+
+    with penstock.Client(mesh.address) as client:
+        client.push(tmp_path / "wavy", model="wavy")
+        client.deploy(
+            "wavy",
+            replicas=3,
+            autoscaling={
+                "min_replicas": 1,
+                "max_replicas": 12,
+                "queue_wait_objective": OBJECTIVE_SECONDS,
+                "cool_down": 5,
+            },
+        )
+        client.wait_ready("wavy", timeout=60)
+        with watched(client, "wavy") as seen:
+            phases = [Phase(rate(second + 0.5), 1) for second in range(WAVES * WAVE_SECONDS)]
+            trace = run(
+                grpc_target(mesh.address, "wavy", ECHO_WIDTH), phases, deadline=PATIENT_SECONDS, seed=7
+            )
+    # The first wave shows what a replica can do.
+    least = changes(
+        [
+            math.ceil(rate(second + 0.5) * SERVICE_SECONDS / FULL)
+            for second in range(WAVE_SECONDS, WAVES * WAVE_SECONDS)
+        ]
+    )
+    moved = changes([desired for at, desired, _ in seen if at >= WAVE_SECONDS])
+    trace.deadline = SERVICE_SECONDS + OBJECTIVE_SECONDS + WAY_SECONDS
+    late = trace.between(WAVE_SECONDS, WAVES * WAVE_SECONDS)
+    print(f"{WAVES - 1} waves between {rate(45):.0f} and {rate(15):.0f}/s: {moved} changes, at least {least}")
+    print(f"p50 {late.p50:.0f} ms, p99 {late.p99:.0f} ms, {late.outcomes}")
+    assert set(trace.codes) == {"OK"}
+    assert 0 < moved <= 2 * least
