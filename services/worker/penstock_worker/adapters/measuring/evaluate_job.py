@@ -23,7 +23,11 @@ def run(context: JobContext) -> None:
     context.progress(0, 0, "rows", "loading")
     fetched = context.version(work.version)
     dataset = open_dataset(
-        context.dataset(work.dataset), label=work.label, held_out=work.held_out, seed=work.seed
+        context.dataset(work.dataset),
+        label=work.label,
+        held_out=work.held_out,
+        seed=work.seed,
+        scratch=context.scratch,
     )
     part = dataset.held_out if work.held_out else dataset.train
 

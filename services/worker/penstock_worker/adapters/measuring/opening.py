@@ -8,8 +8,10 @@ from penstock_kit.oip import Array
 from penstock_worker.adapters.data import open_dataset
 from penstock_worker.adapters.measuring.loading import OpenedVersion, open_version
 from penstock_worker.adapters.measuring.questions import Questions, questions_of
-from penstock_worker.adapters.measuring.rows import drawn_inputs
+from penstock_worker.adapters.measuring.rows import DRAWN_LENGTH, drawn_inputs
 from penstock_worker.usecases.job_context import FetchedVersion, JobContext, Stopped
+
+OTHER_LENGTH = 12
 
 
 def open_fetched(context: JobContext, fetched: FetchedVersion, *, threads: int = 0) -> OpenedVersion:
@@ -50,7 +52,9 @@ class Inputs:
         self._signature = opened.signature
         self._questions: Questions | None = None
         if dataset:
-            data = open_dataset(context.dataset(dataset), held_out=0.0, require_label=False)
+            data = open_dataset(
+                context.dataset(dataset), held_out=0.0, require_label=False, scratch=context.scratch
+            )
             self._questions = questions_of(opened.signature, data, data.train, directory=opened.directory)
 
     @property
@@ -61,7 +65,10 @@ class Inputs:
     def __call__(self, rows: int, start: int = 0) -> dict[str, Array]:
         """Return so many rows, from row `start` of the dataset on."""
         if self._questions is None:
-            return drawn_inputs(self._signature, rows, seed=start)
+            # The first row has another size than the others where any will do: one that was taken for a
+            # constant shows.
+            length = DRAWN_LENGTH if start == 0 else OTHER_LENGTH
+            return drawn_inputs(self._signature, rows, seed=start, length=length)
         indices = (np.arange(rows, dtype=np.int64) + start) % len(self._questions)
         return self._questions.batch(indices)[0]
 
