@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from penstock_scheduler.domain.autoscaling.evict import evicted
 from penstock_scheduler.domain.job import JobState
 from penstock_scheduler.domain.node import CPU_DEVICE
 from penstock_scheduler.domain.planner.feasible import Need, usage_of
@@ -252,3 +255,25 @@ def test_quotas_keep_jobs_waiting_and_the_first_has_its_room_kept() -> None:
     assert "with what is kept for those that come first" in world.snapshot.jobs["three"].message
     world.run(done=["one"])
     assert "two" in world.working()
+
+
+@pytest.mark.parametrize(("cores", "gone"), [(2, ["idle"]), (4, [])])
+def test_an_idle_deployment_makes_room_only_where_jobs_leave_any(cores: int, gone: list[str]) -> None:
+    two, wanted = (replace(CORE, cpu_millis=1000 * count) for count in (2, cores))
+    world = PlannerWorld([node("a")], [deployment("idle", resources=two)], [job("j", cores=2)])
+    world.run()
+    world.add(deployments=[deployment("d", resources=wanted, seconds=1)])
+    world.step()
+    # What the job holds is not free when the deployment ends.
+    assert list(evicted(world.snapshot, ["idle"])) == gone
+
+
+def test_an_idle_deployment_makes_no_room_for_what_waits_for_its_quota() -> None:
+    world = PlannerWorld(
+        [node("a")],
+        [deployment("idle", replicas=4), deployment("d", project="x", seconds=1)],
+        projects=[Project("x", Holding(cpu_millis=500))],
+    )
+    world.run()
+    assert "project x holds 0 of 0.5 cores" in world.waits("d")
+    assert list(evicted(world.snapshot, ["idle"])) == []

@@ -13,6 +13,8 @@ from penstock_scheduler.domain.resources import Resources, human_bytes
 
 DEFAULT_PROJECT = "default"
 """Always there; takes what names no other."""
+QUOTA_FULL = "The quota has no room: "
+"""How the message of what waits for its quota begins; no room on nodes would help it."""
 MAX_DESCRIPTION = 1000
 # A share is a quotient of weights: beyond this the smaller one would get nothing at all.
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6

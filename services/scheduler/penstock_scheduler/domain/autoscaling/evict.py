@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
+from penstock_scheduler.domain.job import Task
 from penstock_scheduler.domain.planner.feasible import Need, Placement, check, usage_of
 from penstock_scheduler.domain.planner.snapshot import Snapshot
+from penstock_scheduler.domain.project import QUOTA_FULL
 from penstock_scheduler.domain.replica import Replica, ReplicaState
 
 
@@ -21,7 +23,10 @@ def evicted(snapshot: Snapshot, idle: Sequence[str]) -> Collection[str]:
     starved = [
         r
         for r in snapshot.replicas.values()
-        if r.state is ReplicaState.PENDING and r.message and r.deployment not in idle
+        if r.state is ReplicaState.PENDING
+        and r.message
+        and not r.message.startswith(QUOTA_FULL)
+        and r.deployment not in idle
     ]
     leaving = any(r.state is ReplicaState.DRAINING for r in snapshot.replicas.values())
     # One that is leaving makes room in a moment: see then whether more is needed.
@@ -35,12 +40,15 @@ def evicted(snapshot: Snapshot, idle: Sequence[str]) -> Collection[str]:
         if replica.placed:
             on[replica.node].append(replica)
             nodes_of[replica.deployment].add(replica.node)
+    tasks: dict[str, list[Task]] = defaultdict(list)
+    for task in snapshot.tasks.values():
+        tasks[task.node].append(task)
     gone: list[str] = []
     for name in idle:
         gone.append(name)
         for node in sorted(nodes_of[name]):
             left = [r for r in on[node] if r.deployment not in gone]
-            if isinstance(check(usage_of(snapshot.nodes[node], left), need), Placement):
+            if isinstance(check(usage_of(snapshot.nodes[node], [*left, *tasks[node]]), need), Placement):
                 there = {r.deployment for r in on[node]}
                 return [name for name in gone if name in there]
     return ()

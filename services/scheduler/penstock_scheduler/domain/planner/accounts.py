@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 
 from penstock_scheduler.domain.node import Node, NodeState
 from penstock_scheduler.domain.planner.feasible import Placement
-from penstock_scheduler.domain.project import NOTHING, Holding, Project, charge, known, quota_words
+from penstock_scheduler.domain.project import (
+    NOTHING,
+    QUOTA_FULL,
+    Holding,
+    Project,
+    charge,
+    known,
+    quota_words,
+)
 from penstock_scheduler.domain.resources import Resources
 
 RAISE = "End some of it, or ask for a larger quota."
@@ -173,7 +181,7 @@ class Accounts:
         if not words:
             kept = quota_words(project, held.plus(account.reserved), account.project.quota, what)
             words = f"{kept}, with what is kept for those that come first" if kept else f"that of {project}"
-        return f"The quota has no room: {words}. {RAISE}"
+        return f"{QUOTA_FULL}{words}. {RAISE}"
 
     def _of(self, project: str) -> _Account:
         account = self._accounts.get(project)
