@@ -46,26 +46,31 @@ def inputs_of(signature: Signature, columns: Mapping[str, Any]) -> dict[str, Arr
     )
 
 
-def drawn_inputs(signature: Signature, rows: int, *, seed: int = 0) -> dict[str, Array]:
+def drawn_inputs(
+    signature: Signature, rows: int, *, seed: int = 0, length: int = DRAWN_LENGTH
+) -> dict[str, Array]:
     """Return inputs that fit a signature: normal numbers, zeros and ones for integers, short texts.
 
-    Integers beyond 0 and 1 might be no index of the model's. Dimensions of any size have 16.
+    Integers beyond 0 and 1 might be no index of the model's.
 
     Args:
         signature: Of the model.
         rows: How many, where the model batches.
         seed: Of the numbers; the same inputs each time.
+        length: Of dimensions that may have any size.
     """
     generator = np.random.default_rng(seed)
     return {
-        spec.name: _drawn(spec, rows, generator, batched=signature.batched)
+        spec.name: _drawn(spec, rows, length, generator, batched=signature.batched)
         for spec in signature.inputs
         if not spec.optional
     }
 
 
-def _drawn(spec: TensorSpec, rows: int, generator: np.random.Generator, *, batched: bool) -> Array:
-    shape = tuple(DRAWN_LENGTH if size < 0 else size for size in spec.shape)
+def _drawn(
+    spec: TensorSpec, rows: int, length: int, generator: np.random.Generator, *, batched: bool
+) -> Array:
+    shape = tuple(length if size < 0 else size for size in spec.shape)
     if batched:
         shape = (rows, *shape[1:])
     if spec.datatype == "BYTES":
