@@ -38,7 +38,7 @@ from penstock.scheduler.v1 import (
     scheduler_service_pb2_grpc,
 )
 from penstock_kit.db import migrate
-from penstock_kit.errors import NotFound, PenstockError, Reason
+from penstock_kit.errors import InvalidArgument, NotFound, PenstockError, Reason
 from penstock_kit.rpc import RpcServer, open_channel
 from penstock_scheduler.app import Scheduler
 from penstock_scheduler.settings import SchedulerSettings
@@ -128,6 +128,8 @@ class CannedRegistry(
         """All that nobody pushed was made by the job of the tests."""
         if request.name in self.versions:
             return self.versions[request.name]
+        if not request.name.startswith("models/"):
+            raise InvalidArgument(f"{request.name} is no name of a version.")
         lineage = manifest_pb2.Lineage(job="jobs/fit")
         return version_pb2.Version(name=request.name, manifest=manifest_pb2.Manifest(lineage=lineage))
 

@@ -195,7 +195,7 @@ async def test_what_others_made_is_neither_made_final_nor_deleted(bench: Any, cl
     await client.create_job()
     await client.until_job("RUNNING")
     agent.works = lambda spec: None
-    stolen = ["models/digits/versions/1", RESULT, "artifacts/foreign/versions/1"]
+    stolen = ["models/digits/versions/1", RESULT, "artifacts/foreign/versions/1", "nonsense"]
     agent.say_task("jobs/fit/tasks/0", "SUCCEEDED", results=stolen)
     failed = await client.until_job("FAILED")
     assert failed.failure_reason == "RESULT_REFUSED"

@@ -141,6 +141,6 @@ class ResultStore(Protocol):
         """Deletes a version or artifact; nothing if there is none.
 
         Raises:
-            FailedPrecondition: somebody uses it, or the job did not make it.
+            FailedPrecondition, InvalidArgument: somebody uses it, the job did not make it, or it is no name.
             Unavailable: the registry cannot be reached.
         """

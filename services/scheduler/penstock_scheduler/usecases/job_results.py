@@ -119,7 +119,7 @@ class JobResults:
         for name in job.leftovers:
             try:
                 await self._registry.delete(name, job.id)
-            except FailedPrecondition as error:
+            except (FailedPrecondition, InvalidArgument) as error:
                 log.warning("what job %s left behind, %s, stays: %s", job.id, name, error)
             deleted.append(name)
         return RegistryWord(deleted=frozenset(deleted))

@@ -166,7 +166,7 @@ class Jobs:
         for name in sorted(names):
             try:
                 await self._results.delete(name, job_id)
-            except FailedPrecondition as error:
+            except (FailedPrecondition, InvalidArgument) as error:
                 log.warning("what job %s left behind, %s, stays: %s", job_id, name, error)
         async with self._works() as work:
             again = await self._ended(work, job_id)
