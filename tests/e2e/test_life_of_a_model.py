@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 import penstock
+from penstock.common.v1 import resources_pb2
 from penstock.errors import (
     Aborted,
     AlreadyExists,
+    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -244,6 +246,23 @@ def test_a_large_batch_is_answered_whole(client: penstock.Client, tmp_path: Path
     serve(client, name)
     rows = np.arange(1_000_000, dtype=np.float32).reshape(-1, 1)
     np.testing.assert_array_equal(client.predict(name, {"input": rows})["output"], rows + 1)
+
+
+def test_a_project_bounds_what_is_deployed_for_it(client: penstock.Client, tmp_path: Path, name: str) -> None:
+    push(client, tmp_path, name, 1.0)
+    client.create_project(name, quota=resources_pb2.Resources(cpu_millis=150))
+    small = resources_pb2.Resources(cpu_millis=100)
+    client.deploy(name, replicas=2, resources=small, project=name)
+    with pytest.raises(DeadlineExceeded, match=r"holds 0\.1 of 0\.15 cores \(this needs 0\.1\)"):
+        client.wait_for_deployment(name, timeout=3.0)
+    with pytest.raises(FailedPrecondition, match="names it") as refused:
+        client.delete_project(name)
+    assert refused.value.reason is Reason.IN_USE
+    client.update_project(name, quota=resources_pb2.Resources(cpu_millis=200))
+    client.wait_for_deployment(name)
+    assert client.get_project(name).used.cpu_millis == 200
+    assert {"projects/default", f"projects/{name}"} <= {each.name for each in client.list_projects()}
+    client.undeploy(name)
 
 
 def test_a_version_that_does_not_exist_is_not_deployed(
