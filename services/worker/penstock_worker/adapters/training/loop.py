@@ -14,6 +14,7 @@ step (dropout) follow from seed, step and stream, so they need no state.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -266,6 +267,9 @@ class Loop:
         if math.isfinite(loss) and (first is None or loss <= _EXPLODED * max(1.0, first)):
             return
         at = self._at
+        # One that is being written is of weights that were good: it is kept, too.
+        with contextlib.suppress(JobFailure, TimeoutError):
+            self._strategy.settle()
         kept = self._context.last_checkpoint()
         where = (
             "there is no checkpoint before"
