@@ -20,8 +20,10 @@ from penstock_worker.adapters.conversion.job import SOURCES
 from penstock_worker.adapters.measuring import drawn_inputs, measure_quality, open_version, questions_of
 from penstock_worker.adapters.training.architectures import Blueprint, build_model
 from penstock_worker.adapters.training.export import write_bundle
+from penstock_worker.adapters.training.texts import make_tokenizer
 from penstock_worker.usecases.job_context import JobFailure
 from support.conversions import convert
+from support.job_context import dataset_of
 from support.measured import build_skops, digits_dataset, save_npz
 from support.models import build_digits_cnn
 
@@ -165,3 +167,38 @@ def test_what_is_at_the_threshold_of_a_tree_by_another_rounding_is_not_published
     with pytest.raises(JobFailure, match=r"row \d+ of 442 has a relative difference") as failure:
         convert(tmp_path, tmp_path / "model", manifest, "onnx", dataset=dataset, rows=442)
     assert failure.value.cause == "NUMERICS"
+
+
+TEXTS = [f"row {number} is {'good' if number % 2 else 'bad'} and says so" for number in range(40)]
+
+
+@pytest.mark.parametrize("to", ["onnx", "safetensors"])
+@pytest.mark.parametrize(("task", "architecture"), [("text", "transformer"), ("language_model", "gpt")])
+def test_a_transformer_answers_texts_of_any_length_in_other_formats(
+    tmp_path: Path, task: str, architecture: str, to: str
+) -> None:
+    tokenizer = make_tokenizer("bytes", 0, TEXTS)
+    size = tokenizer.get_vocab_size()
+    blueprint = Blueprint(
+        task=task,
+        architecture=architecture,
+        parameters={"width": 32, "length": 24, "layers": 2, "heads": 2, "dropout": 0.0, "vocabulary": size},
+        outputs=2 if task == "text" else size,
+        inputs=(("tokens", (-1,)),),
+        classes=("bad", "good") if task == "text" else (),
+        vocabulary=size,
+    )
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "data").mkdir()
+    torch.manual_seed(0)
+    manifest = write_bundle(tmp_path / "bundle", build_model(blueprint).eval(), blueprint, tokenizer)
+    rows = ["text,label", *(f"{text},{'good' if 'good' in text else 'bad'}" for text in TEXTS)]
+    name, text = ("data.csv", "\n".join(rows)) if task == "text" else ("corpus.txt", "\n".join(TEXTS))
+    (tmp_path / "data" / name).write_text(text + "\n")
+    dataset = dataset_of(
+        tmp_path / "data", format="csv" if task == "text" else "text", description={"task": task}
+    )
+    for way, given in (("rows", dataset), ("drawn", None)):
+        found, report = convert(tmp_path / way, tmp_path / "bundle", manifest, to, dataset=given)
+        assert report["difference"] < 1e-4
+        assert (found.path / "tokenizer.json").exists()
