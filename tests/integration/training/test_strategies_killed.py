@@ -50,6 +50,8 @@ def agent(root: Path, port: int, number: int, *, ranks: int, nodes: str) -> Iter
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        # A store for each group: in one that a group before has used are addresses of ranks that are gone.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     with (root / f"output.{number}.txt").open("wb") as output:
