@@ -281,6 +281,10 @@ class FakeMesh(RegistryServiceServicer, SchedulerServiceServicer):
         here = not (self.node.draining and request.node)
         return scheduler.ListReplicasResponse(replicas=[replica] if here else [])
 
+    def ListAllocations(self, request: Any, context: Any) -> scheduler.ListAllocationsResponse:
+        held = node_pb2.Allocation(name="allocations/r1", holder="replicas/r1", node="nodes/worker-1")
+        return scheduler.ListAllocationsResponse(allocations=[] if self.node.draining else [held])
+
     # Inference
 
     def ServerReady(self, request: Any, context: Any) -> oip.ServerReadyResponse:

@@ -101,7 +101,7 @@ class AsyncNodes(AsyncTransfers):
         Args:
             name: Name of the node.
             timeout: Seconds to wait.
-            on_look: Told of the node and of how many replicas are left on it, again and again.
+            on_look: Told of the node, and how many replicas and tasks are left on it, again and again.
 
         Raises:
             DeadlineExceeded: Something still runs there; the words say what it waits for.
@@ -114,11 +114,11 @@ class AsyncNodes(AsyncTransfers):
                 attempts.left()
             except DeadlineExceeded as error:
                 raise DeadlineExceeded(
-                    f"{short(node.name)} is not empty after {timeout:g} s; {max(left, 0)} replicas are left. "
-                    f"{node.message}".rstrip()
+                    f"{short(node.name)} is not empty after {timeout:g} s; {max(left, 0)} replicas and "
+                    f"tasks are left. {node.message}".rstrip()
                 ) from error
             node = await self.get_node(name)
-            left = len(await self.list_replicas(node=name))
+            left = len(await self.list_allocations(node=name))
             if on_look is not None:
                 on_look(node, left)
             if not left:

@@ -72,7 +72,7 @@ def drain(
     endpoint: Endpoint = ENDPOINT,
     json: Json = False,
 ) -> None:
-    """Move what runs on a node elsewhere: each new replica is ready before the old one ends."""
+    """Move what runs on a node elsewhere: new replicas are ready before old ones end, jobs go on later."""
     with connect(endpoint) as client:
         node = client.update_node(name, draining=True)
         if wait and (json or not sys.stderr.isatty()):
@@ -83,7 +83,7 @@ def drain(
                     name,
                     timeout=timeout,
                     on_look=lambda seen, left: status.update(
-                        f"{name}: {left} replicas left. {seen.message}".rstrip()
+                        f"{name}: {left} replicas and tasks left. {seen.message}".rstrip()
                     ),
                 )
     how = "is empty, and takes nothing new" if wait else "is being drained"
