@@ -119,15 +119,15 @@ def _of_torchscript(source: Source) -> torch.export.ExportedProgram:
     # In torch 2.13 the only way from TorchScript to torch.export, and not part of its public interface.
     from torch._export.converter import TS2EPConverter
 
+    if any(spec.optional for spec in source.signature.inputs):
+        raise source.unsupported("an exported program has no optional inputs.")
     inputs = drawn_inputs(source.signature, _EXAMPLE_ROWS)
-    examples = tuple(torch.from_numpy(inputs[name]) for name in source.input_names if name in inputs)
+    examples = tuple(torch.from_numpy(inputs[name]) for name in source.input_names)
     with quietly(), torch.no_grad():
         script = torch.jit.load(str(source.entrypoint), map_location="cpu").eval()
         try:
             program = TS2EPConverter(script, examples).convert()
-            return torch.export.export(
-                program.module(), examples, dynamic_shapes=_dynamic_shapes(source, examples)
-            )
+            return torch.export.export(program.module(), examples, dynamic_shapes=_dynamic_shapes(source))
         except Exception as error:
             raise source.unsupported(
                 f"torch.export does not take this TorchScript ({_first_line(error)}). Export the model from "
@@ -135,10 +135,10 @@ def _of_torchscript(source: Source) -> torch.export.ExportedProgram:
             ) from error
 
 
-def _dynamic_shapes(source: Source, examples: tuple[torch.Tensor, ...]) -> tuple[dict[int, Any], ...]:
+def _dynamic_shapes(source: Source) -> tuple[dict[int, Any], ...]:
     batch = torch.export.Dim("batch", min=1, max=max(2, source.max_rows))
     shapes: list[dict[int, Any]] = []
-    for spec, _ in zip(source.signature.inputs, examples, strict=False):
+    for spec in source.signature.inputs:
         free = {axis: torch.export.Dim.AUTO for axis, size in enumerate(spec.shape) if size < 0}
         if source.signature.batched:
             free[0] = batch
