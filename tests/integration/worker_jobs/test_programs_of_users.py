@@ -3,8 +3,6 @@
 import textwrap
 from pathlib import Path
 
-import pytest
-
 from penstock.registry.v1 import artifact_pb2
 from penstock.scheduler.v1 import job_pb2
 from support.agent_world import World, alive, until
@@ -13,16 +11,15 @@ from support.job_specs import job
 from support.task_events import Events
 
 SCRIPT = "penstock_worker.adapters.jobs.script:run_script"
-MODEL = "penstock.training.save_files(path)"
 
 
-async def program(artifacts: ArtifactCaller, text: str, **parameters: object) -> job_pb2.Job:
+async def program(artifacts: ArtifactCaller, text: str, name: str = "j", **parameters: object) -> job_pb2.Job:
     """A job of a program, pushed as an artifact."""
     code = await artifacts.push(
         "code", {"train.py": textwrap.dedent(text).encode()}, kind=artifact_pb2.ARTIFACT_KIND_CODE, format=""
     )
     data = await artifacts.push("data", {"data.npz": b"rows"})
-    made = job("", script=True)
+    made = job("", name=name, script=True)
     made.train.script.code = code.name
     made.train.dataset = data.name
     made.train.seed = 7
@@ -73,31 +70,29 @@ async def test_a_program_gets_its_parameters_and_data_and_its_files_become_a_ver
         assert version.manifest.metrics["r2"] == 0.5
 
 
-@pytest.mark.parametrize(
-    ("text", "cause", "permanent", "words"),
-    [
-        ("pass", "NO_MODEL", True, "ended without a model"),
-        ("import sys; sys.exit(3)", "USER_CODE", False, "status 3"),
-        ("undefined_name", "USER_CODE", True, "train.py:2 in <module>: undefined_name"),
-        ("def f(:", "USER_CODE", True, "SyntaxError"),
-        (
-            "from penstock import training\ntraining.fail('The labels are wrong.')",
-            "USER_CODE",
-            True,
-            "labels",
-        ),
-        ("import os; os._exit(0)", "NO_MODEL", True, "without a model"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "KILLED", False, "SIGSEGV"),
-    ],
-)
+FAILURES = {
+    "pass": ("NO_MODEL", True, "ended without a model"),
+    "import sys; sys.exit(3)": ("USER_CODE", False, "status 3"),
+    "undefined_name": ("USER_CODE", True, "train.py:2 in <module>: undefined_name"),
+    "def f(:": ("USER_CODE", True, "SyntaxError"),
+    "from penstock import training\ntraining.fail('The labels are wrong.')": ("USER_CODE", True, "labels"),
+    "import os; os._exit(0)": ("NO_MODEL", True, "without a model"),
+    "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)": ("KILLED", False, "SIGSEGV"),
+}
+
+
 async def test_how_a_program_fails_is_told_so_that_its_author_can_mend_it(
-    world: World, run_agent, artifacts: ArtifactCaller, text: str, cause: str, permanent: bool, words: str
+    world: World, run_agent, artifacts: ArtifactCaller
 ) -> None:
-    wanted = await program(artifacts, f"\n{text}")
     async with run_agent(train=SCRIPT, allow_user_code=True, worker_job_regroups=0):
-        seen = await world.task_state(world.want_task(wanted).name, "FAILED")
-        assert words in seen.message
-        assert (seen.failure_reason, seen.permanent) == (cause, permanent)
+        tasks = {}
+        for number, text in enumerate(FAILURES):
+            wanted = await program(artifacts, f"\n{text}", name=f"j{number}")
+            tasks[text] = world.want_task(wanted).name
+        for text, (cause, permanent, words) in FAILURES.items():
+            seen = await world.task_state(tasks[text], "FAILED")
+            assert words in seen.message
+            assert (seen.failure_reason, seen.permanent) == (cause, permanent)
 
 
 async def test_what_a_program_prints_beyond_the_bounds_is_dropped_and_said(
@@ -108,7 +103,7 @@ async def test_what_a_program_prints_beyond_the_bounds_is_dropped_and_said(
         """
         import sys
         line = "x" * 999 + "\\n"
-        for _ in range(300):
+        for _ in range(100):
             sys.stdout.write(line * 1000)
         print("the end")
         """,

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from google.protobuf.json_format import MessageToDict
 
 from support.agent_world import World, until
@@ -30,24 +29,22 @@ async def test_what_the_work_says_arrives_in_order_and_its_report_is_told(
         await world.task_state(task.name, "STOPPED")
 
 
-@pytest.mark.parametrize(
-    ("how", "cause", "permanent", "words"),
-    [
-        ("failure", "INVALID_DATA", True, "NaN in row 7"),
-        ("bug", "ERROR", False, "ZeroDivisionError: a bug in the work"),
-        ("disk", "OUT_OF_DISK", False, "/data/model.bin"),
-        ("memory", "OUT_OF_MEMORY", True, "given 2147 MB"),
-        ("vanish", "ERROR", False, "status 7"),
-    ],
-)
-async def test_why_work_failed_is_told_in_words_with_its_cause(
-    world: World, run_agent, how: str, cause: str, permanent: bool, words: str
-) -> None:
+FAILURES = {
+    "failure": ("INVALID_DATA", True, "NaN in row 7"),
+    "bug": ("ERROR", False, "ZeroDivisionError: a bug in the work"),
+    "disk": ("OUT_OF_DISK", False, "/data/model.bin"),
+    "memory": ("OUT_OF_MEMORY", True, "given 2147 MB"),
+    "vanish": ("ERROR", False, "status 7"),
+}
+
+
+async def test_why_work_failed_is_told_in_words_with_its_cause(world: World, run_agent) -> None:
     async with run_agent():
-        task = world.want_task(job("fail", how=how))
-        seen = await world.task_state(task.name, "FAILED")
-        assert (seen.failure_reason, seen.permanent) == (cause, permanent)
-        assert words in seen.message
+        tasks = {how: world.want_task(job("fail", name=how, how=how)).name for how in FAILURES}
+        for how, (cause, permanent, words) in FAILURES.items():
+            seen = await world.task_state(tasks[how], "FAILED")
+            assert (seen.failure_reason, seen.permanent) == (cause, permanent)
+            assert words in seen.message
 
 
 async def test_work_that_is_to_stop_writes_a_checkpoint_and_the_next_attempt_goes_on_from_it(
@@ -76,17 +73,14 @@ async def test_work_that_does_not_stop_is_killed_when_its_time_is_over(world: Wo
         assert "did not stop within 0.5 s" in seen.message
 
 
-async def test_a_kind_of_job_that_this_release_does_not_know_is_refused(world: World, run_agent) -> None:
-    wanted = job("hello")
-    wanted.profile.version = "models/m/versions/1"
+async def test_work_that_this_node_does_not_run_is_refused(world: World, run_agent) -> None:
+    unknown = job("hello", name="unknown")
+    unknown.profile.version = "models/m/versions/1"
     async with run_agent():
-        seen = await world.task_state(world.want_task(wanted).name, "FAILED")
+        program = world.want_task(job("hello", name="program", script=True))
+        seen = await world.task_state(world.want_task(unknown).name, "FAILED")
         assert seen.permanent
         assert "'profile'" in seen.message
-
-
-async def test_a_program_of_a_users_is_refused_unless_the_operator_allows_it(world: World, run_agent) -> None:
-    async with run_agent():
-        seen = await world.task_state(world.want_task(job("hello", script=True)).name, "FAILED")
+        seen = await world.task_state(program.name, "FAILED")
         assert seen.permanent
         assert "PENSTOCK_ALLOW_USER_CODE" in seen.message

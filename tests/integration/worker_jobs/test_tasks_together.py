@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from penstock.scheduler.v1 import job_pb2
 from support.agent_world import World, kill, until
 from support.artifact_caller import ArtifactCaller
 from support.job_specs import job, together
+
+pytestmark = pytest.mark.training
 
 INTERVAL = 5
 

@@ -53,6 +53,8 @@ KEEP_ALIVE_TRIES = 3
 EXIT_BARRIER_SECONDS = 30.0
 MONITOR_SECONDS = 0.05
 STOP_SECONDS = 30.0
+WITNESS_SECONDS = 15.0
+"""Longer than the scheduler takes to give up a silent node."""
 STORE_SECONDS = 300.0
 READ_BYTES = 64 * 1024
 
@@ -271,6 +273,10 @@ def run_group(config: LauncherConfig, connection: socket.socket, generation: int
     except (RendezvousError, RuntimeError, OSError) as error:
         words = f"The tasks of the job do not find each other any more: {error}"
         end = End(EndKind.FAILED, words[:1000], "PEERS_LOST")
+        if config.index:
+            # What ended task 0 says more, and may cost the job none of its restarts, as a lost node does not.
+            # The scheduler hears of it meanwhile and has this task stop.
+            select.select([connection], [], [], WITNESS_SECONDS)
     fields: Mapping[str, Any] = (
         end or End(EndKind.FAILED, "The group of ranks has ended.", "ERROR")
     ).to_fields()

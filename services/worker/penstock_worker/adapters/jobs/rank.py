@@ -131,8 +131,10 @@ def work(config: LauncherConfig, context: JobContext) -> End:
             return End(EndKind.SUCCEEDED)
         return End(EndKind.FAILED, f"It ended with status {error.code}.", "USER_CODE", permanent=False)
     except BaseException as error:  # noqa: BLE001 - every end of the work is told
-        traceback.print_exc()
-        return end_of(error, config.memory_bytes, user_code=config.user_code)
+        end = end_of(error, config.memory_bytes, user_code=config.user_code)
+        if end.kind is EndKind.FAILED and not isinstance(error, JobFailure):
+            traceback.print_exc()
+        return end
     return End(EndKind.SUCCEEDED)
 
 
