@@ -213,7 +213,7 @@ async def agent(
         lock.open()
         # The fork server warms up while the lock is waited for. Nothing asks it for a process before that.
         metrics = MetricsServer(settings.metrics_listen, data_dir=data_dir)
-        readings = Readings(NodeMetrics(reconciler, bundles, settings.worker_cache_bytes).read)
+        readings = Readings(NodeMetrics(reconciler, tasks, bundles, settings.worker_cache_bytes).read)
         async with running([forks, lock, bundles, readings, metrics, rpc, desk, events, life]):
             background.spawn("send what jobs have left", events.send_leftovers(rooms.directory))
             yield rpc
