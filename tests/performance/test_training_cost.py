@@ -1,13 +1,12 @@
 """What the framework costs a training: a recipe's epochs beside the same loop written by hand in torch.
 
 Both train the same model on the same tensors with the same batch size, and measure the held-out rows after
-each epoch; they take turns, and the ratio is the median of the turns. Recipes let AdamW pass over each weight
+each epoch; they take turns, and the fastest turns are compared. Recipes let AdamW pass over each weight
 once (`fused`), which torch does not by default; the ratio to a loop that says so is printed beside it.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ from support.training import context_for, example
 
 pytestmark = [pytest.mark.performance, pytest.mark.timeout(300)]
 
-TURNS = 7
+TURNS = 15
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "linear": ("sklearn:digits", {"architecture": "linear"}, 12),
-    "mlp": ("sklearn:digits", {"architecture": "mlp"}, 10),
-    "cnn": ("sklearn:digits", {"architecture": "cnn"}, 2),
-    "bag": ("corpus:python-functions", {"architecture": "bag"}, 2),
+    "linear": ("sklearn:digits", {"architecture": "linear"}, 4),
+    "mlp": ("sklearn:digits", {"architecture": "mlp"}, 4),
+    "cnn": ("sklearn:digits", {"architecture": "cnn"}, 1),
+    "bag": ("corpus:python-functions", {"architecture": "bag"}, 1),
     "gpt": (
         "corpus:python-topics",
         {"architecture": "gpt", "parameters": {"width": 32, "layers": 1, "heads": 2, "length": 32}},
@@ -108,14 +107,12 @@ def test_an_epoch_of_a_recipe_takes_no_longer_than_by_hand(case: str, tmp_path: 
         ]
         for run in trio[turn % 3 :] + trio[: turn % 3]:
             run()
-    ratio, to_fused = (
-        statistics.median(one / other for one, other in zip(ours, times, strict=True))
-        for times in (hand, fused)
-    )
     steps = -(-len(prepared.train) // 32) * epochs
+    # The fastest turn of each: what others do on the machine only ever adds.
+    by_hand, by_fused, by_recipe = (1e6 * min(times) / steps for times in (hand, fused, ours))
+    ratio = by_recipe / by_hand
     print(
-        f"\n{case}: by hand {1e6 * statistics.median(hand) / steps:.0f} µs a step, "
-        f"recipe {1e6 * statistics.median(ours) / steps:.0f} µs, ratio {ratio:.3f}; "
-        f"to a loop with the fused AdamW {to_fused:.3f}"
+        f"\n{case}: by hand {by_hand:.0f} µs a step, recipe {by_recipe:.0f} µs, ratio {ratio:.3f}; "
+        f"by hand with the fused AdamW {by_fused:.0f} µs, ratio {by_recipe / by_fused:.3f}"
     )
     assert ratio <= 1.05

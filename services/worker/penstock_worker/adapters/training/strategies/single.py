@@ -19,6 +19,7 @@ class SingleStrategy(Strategy):
     scales_losses: ClassVar[bool] = True
 
     def _build(self) -> None:
+        self._last_part = 0.0, torch.zeros(())
         self.module = self.parts.build_model().to(self.device).train()
         self.optimizer = self.parts.build_optimizer(self.module.parameters())
 
@@ -42,7 +43,11 @@ class SingleStrategy(Strategy):
             with self._autocast():
                 outputs = self.module(inputs)
             loss_sum = objective.loss_sum(outputs, targets)
-            self._backward(loss_sum / weight)
+            if known is None or self._scaler is not None:
+                self._backward(loss_sum / weight)
+            else:
+                # The same gradient, without a division that would be differentiated in each step.
+                loss_sum.backward(self._part(float(weight)))
             return loss_sum.detach(), weight
         whole = self._weight_of(pieces)
         total = torch.zeros((), device=self.device)
@@ -54,3 +59,9 @@ class SingleStrategy(Strategy):
             self._backward(loss_sum / whole)
             total += loss_sum.detach()
         return total, whole
+
+    def _part(self, weight: float) -> Tensor:
+        """Give 1 / weight: of most batches the same, so it is kept."""
+        if self._last_part[0] != weight:
+            self._last_part = weight, torch.tensor(1.0 / weight, device=self.device)
+        return self._last_part[1]
