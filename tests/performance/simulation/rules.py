@@ -117,7 +117,7 @@ def _waits_for_a_reason(
         # What is kept for the first of its project counts, too.
         if not barred and "come first" not in job.message:
             raise Breach(f"{job.id} waits for {job.message!r}, though the quota has room")
-    elif room_for(usages, need_of(job.gang), count) >= count and "first served" not in job.message:
+    elif room_for(usages, need_of(job.gang), count) >= count and "whose turn is first" not in job.message:
         raise Breach(f"{job.id} waits for {job.message!r}, though there is room for it")
 
 

@@ -109,7 +109,7 @@ def test_small_jobs_start_beside_the_room_that_is_kept_for_a_large_one() -> None
     world.run()
     assert "small" not in world.working()
     assert world.snapshot.jobs["small"].message == (
-        "The room that is free is kept for jobs/large: first come, first served."
+        "The room that is free is kept for jobs/large, whose turn is first."
     )
     world.run(done=["runs"])
     assert world.nodes_of("small") == ["b"]

@@ -162,7 +162,7 @@ class _Seats:
         count = room_for(usages, need, job.fewest)
         if count >= job.fewest:
             first = f"jobs/{self._kept.job}" if self._kept is not None else "replicas"
-            return f"The room that is free is kept for {first}: first come, first served."
+            return f"The room that is free is kept for {first}, whose turn is first."
         words = f"There is room for {count} of its {job.gang.tasks} tasks."
         nearest = None if count else self._fleet.closest(need)
         return words + (f" The closest, nodes/{nearest.node}, lacks {nearest.lacks}." if nearest else "")
