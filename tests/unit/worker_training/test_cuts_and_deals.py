@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock_worker.adapters.training.strategies.base import share
 from penstock_worker.adapters.training.strategies.parameter_server import deal
+from penstock_worker.adapters.training.strategies.parts import share
 from penstock_worker.adapters.training.strategies.pipeline import cut
 
 

@@ -11,8 +11,9 @@ parameter_server  servers hold the weights and the optimizer's state; the others
 from __future__ import annotations
 
 from penstock.scheduler.v1 import job_work_pb2
-from penstock_worker.adapters.training.strategies.base import Decision, Parts, Strategy
+from penstock_worker.adapters.training.strategies.base import Strategy
 from penstock_worker.adapters.training.strategies.group import join
+from penstock_worker.adapters.training.strategies.parts import Decision, Parts
 from penstock_worker.usecases.job_context import JobContext, JobFailure
 
 __all__ = ["Decision", "Parts", "Strategy", "open_strategy"]

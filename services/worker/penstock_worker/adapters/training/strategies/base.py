@@ -29,7 +29,6 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,11 +37,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from penstock.scheduler.v1 import job_work_pb2
-from penstock_worker.adapters.training.chain import Chain
-from penstock_worker.adapters.training.objective import Objective
 from penstock_worker.adapters.training.rows import Rows
 from penstock_worker.adapters.training.strategies.checkpoints import Checkpoints
 from penstock_worker.adapters.training.strategies.group import Group
+from penstock_worker.adapters.training.strategies.parts import Decision, Gradients, Parts, whole
 from penstock_worker.usecases.job_context import JobFailure
 
 # Seconds between two votes, about. Short against the seconds in which a cancelled job must be gone, long
@@ -51,57 +49,6 @@ VOTE_SECONDS = 0.2
 # A step of which nobody knows how long it takes yet is followed by a vote; then at most so many times more
 # steps lie between two votes than before.
 _GROWTH = 4
-
-# Computes gradients; gives the sum of losses and of weights of a rank's rows.
-_Gradients = Callable[[], tuple[Tensor, Tensor | float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a training is made of. Everything is called in each rank.
-
-    Attributes:
-        build_model: Makes the model on the CPU in float32, with the same weights in every rank (seeded, or of
-            the version to go on from).
-        build_optimizer: Makes an optimizer of the parameters given. It may be called with a part of the
-            model's.
-        objective: What is made small.
-        rows: The training part.
-        seed: Of what is random during the training (dropout).
-        batch_size: Rows of a global batch; only the last one of an epoch may have fewer.
-        micro_batch_size: Rows that a rank computes at once, gradients being added up; 0 for all that it has.
-        clip_gradient_norm: Norm of the whole gradient at most; 0 for unbounded.
-        precision: fp32, bf16 or fp16: what is computed in. Weights and gradients stay in float32.
-    """
-
-    build_model: Callable[[], Chain]
-    build_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    objective: Objective
-    rows: Rows
-    seed: int = 0
-    batch_size: int = 32
-    micro_batch_size: int = 0
-    clip_gradient_norm: float = 0.0
-    precision: str = "fp32"
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What the ranks agreed on after a step, the same in all of them.
-
-    Attributes:
-        stop: Some rank was asked to stop.
-        checkpoint: A checkpoint is due.
-        loss: Mean loss since the last vote; None where there was no vote after this step. It is what it is,
-            NaN included.
-        weight: Sum of the weights that this mean is over.
-    """
-
-    stop: bool = False
-    checkpoint: bool = False
-    loss: float | None = None
-    weight: float = 0.0
-
 
 _NOTHING = Decision()
 
@@ -399,7 +346,7 @@ class Strategy(ABC):
             )
         return torch.stack([objective.weight(rows.batch(piece)[1]) for piece in pieces]).sum()
 
-    def _update(self, gradients: _Gradients, rate: float) -> tuple[Tensor, Tensor | float]:
+    def _update(self, gradients: Gradients, rate: float) -> tuple[Tensor, Tensor | float]:
         """Compute gradients, clip them, step, and forget them.
 
         Args:
@@ -428,7 +375,7 @@ class Strategy(ABC):
         return found
 
     def _update_with_closure(
-        self, optimizer: torch.optim.Optimizer, gradients: _Gradients
+        self, optimizer: torch.optim.Optimizer, gradients: Gradients
     ) -> tuple[Tensor, Tensor | float]:
         found = []
 
@@ -530,19 +477,3 @@ class Strategy(ABC):
         same = shape == tuple(parameter.shape)
         value = torch.zeros_like(parameter.detach(), dtype=dtype) if same else torch.zeros(shape, dtype=dtype)
         return value, value
-
-
-def share(indices: Tensor, part: int, parts: int) -> tuple[Tensor, bool]:
-    """Give one rank's rows of a global batch, and whether they count.
-
-    A rank without rows computes one that does not count, as it must take part in the exchange.
-    """
-    rows = len(indices)
-    begin, end = rows * part // parts, rows * (part + 1) // parts
-    return (indices[begin:end], True) if begin < end else (indices[:1], False)
-
-
-def whole(value: Tensor) -> Tensor:
-    """Gather a tensor whose pieces lie in several ranks; they all call it."""
-    full = getattr(value, "full_tensor", None)
-    return value if full is None else full()

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from penstock_worker.adapters.training.strategies.base import Strategy, share
+from penstock_worker.adapters.training.strategies.base import Strategy
+from penstock_worker.adapters.training.strategies.parts import share
 
 
 class DataParallel(Strategy):

@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from penstock_worker.adapters.training.strategies.base import Strategy, share
+from penstock_worker.adapters.training.strategies.base import Strategy
 from penstock_worker.adapters.training.strategies.group import TIMEOUT
+from penstock_worker.adapters.training.strategies.parts import share
 from penstock_worker.usecases.job_context import JobFailure
 
 # Numbers behind the gradients of a message: what the rows weigh, and the factor on the learning rate.

@@ -7,13 +7,14 @@ by number, so slices are enough (but for adafactor, which is refused).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from penstock_worker.adapters.training.strategies.base import Strategy
+from penstock_worker.adapters.training.strategies.parts import Gradients
 
 
 class Sliced(Strategy):
@@ -30,9 +31,7 @@ class Sliced(Strategy):
         """Give this rank's slices, by the names of whole tensors."""
         return self._own
 
-    def _update(
-        self, gradients: Callable[[], tuple[Tensor, Tensor | float]], rate: float
-    ) -> tuple[Tensor, Tensor | float]:
+    def _update(self, gradients: Gradients, rate: float) -> tuple[Tensor, Tensor | float]:
         def sliced() -> tuple[Tensor, Tensor | float]:
             found = gradients()
             for name, value in self._named.items():
