@@ -31,6 +31,7 @@ class _Account:
         surges: by deployment, what successors hold beyond the quota until their predecessors have ended.
         outgoing: by deployment, what of `counted` ends as soon as its successors answer.
         reserved: what is kept for those whose turn has come.
+        jobs: what of `counted` jobs hold, and so not for ever.
     """
 
     project: Project
@@ -38,6 +39,7 @@ class _Account:
     surges: dict[str, Holding] = field(default_factory=dict)
     outgoing: dict[str, Holding] = field(default_factory=dict)
     reserved: Holding = NOTHING
+    jobs: Holding = NOTHING
 
     @property
     def surge(self) -> Holding:
@@ -110,10 +112,12 @@ class Accounts:
         """What something counts wherever it is, at least: a part of the largest GPU that there is."""
         return charge(resources, [self._largest_gpu] * resources.gpus)
 
-    def hold(self, project: str, what: Holding) -> None:
+    def hold(self, project: str, what: Holding, *, of_job: bool = False) -> None:
         """Counts something against the quota."""
         account = self._of(project)
         account.counted = account.counted.plus(what)
+        if of_job:
+            account.jobs = account.jobs.plus(what)
 
     def surge(self, project: str, deployment: str, what: Holding) -> None:
         """Counts a successor beyond the quota."""
@@ -143,6 +147,11 @@ class Accounts:
         if account.project.quota == NOTHING:
             return True
         return what.within(account.project.bounds.minus(account.settled()))
+
+    def may_hold_in_the_end(self, project: str, what: Holding) -> bool:
+        """Whether something may be placed within the quota once all jobs have ended."""
+        account = self._of(project)
+        return what.within(account.project.bounds.minus(account.held.minus(account.jobs)))
 
     def may_settle(self, project: str, what: Holding) -> bool:
         """Whether a successor that surges finds room within the quota now."""

@@ -116,9 +116,10 @@ class _Seats:
         most = self._accounts.count(job.project, least, job.gang.tasks)
         if most < job.fewest:
             self._left.append((job, True))
-            if job.project not in self._quota_kept:
+            asks = least.times(job.fewest)
+            if job.project not in self._quota_kept and self._accounts.may_hold_in_the_end(job.project, asks):
                 self._quota_kept.add(job.project)
-                self._accounts.reserve(job.project, least.times(job.fewest))
+                self._accounts.reserve(job.project, asks)
             return
         seats = self._seats(need, most, job.fewest)
         if len(seats) < job.fewest:
@@ -134,7 +135,7 @@ class _Seats:
                 self._left.append((job, True))
                 return
             total = self._charge(job, seats)
-        self._accounts.hold(job.project, total)
+        self._accounts.hold(job.project, total, of_job=True)
         for number, seat in enumerate(seats, job.tasks_made):
             digest = f"jobs/{job.id}/tasks/{number}"
             self._fleet.take(seat, need, digest)

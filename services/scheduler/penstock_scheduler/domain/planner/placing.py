@@ -168,7 +168,7 @@ class Placer:
         for node in scene.nodes:
             for task in scene.jobs.holding(node):
                 charge = accounts.charge(task.resources, task.node, task.devices)
-                accounts.hold(scene.jobs.jobs[task.job].project, charge)
+                accounts.hold(scene.jobs.jobs[task.job].project, charge, of_job=True)
 
     def _leaves(self, replica: Replica) -> bool:
         """Whether it ends as soon as its successors answer."""
