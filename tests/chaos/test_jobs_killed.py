@@ -79,15 +79,17 @@ def half_way(mesh: Mesh, client: penstock.Client, name: str) -> job_pb2.Job:
     return found[0]
 
 
-def repeated(events: list[job_pb2.JobEvent]) -> list[tuple[int, int]]:
-    """For each time that the work went back: (the last checkpoint before, where it went on)."""
-    found, checkpoint, done = [], 0, 0
+def repeated(events: list[job_pb2.JobEvent]) -> list[tuple[int, int, int]]:
+    """For each time that it went back: (the last checkpoint but one, the last one, where it went on)."""
+    found, done = [], 0
+    checkpoints = [0, 0]
     for event in events:
         if event.HasField("checkpoint"):
-            checkpoint = max(checkpoint, event.checkpoint.step)
+            checkpoints = sorted({0, *checkpoints, event.checkpoint.step})
         elif event.HasField("progress") and event.progress.total:
             if event.progress.done < done:
-                found.append((checkpoint, event.progress.done))
+                before, last = ([0, *checkpoints])[-2:]
+                found.append((before, last, event.progress.done))
             done = event.progress.done
     return found
 
@@ -110,5 +112,33 @@ def test_a_training_survives_the_end_of_anything_and_repeats_no_more_than_an_int
     assert done.metrics["held_out/accuracy"] >= ACCURACY
     assert [client.get_version(name).state for name in done.results] == [2]
     events = client.list_job_events(job.name)
-    for checkpoint, gone_on in repeated(events):
-        assert gone_on >= checkpoint
+    for _, last, gone_on in repeated(events):
+        assert gone_on >= last
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    with Mesh(tmp_path_factory.mktemp("nodes") / "data", durable=True, workers=2) as mesh:
+        with penstock.Client(mesh.address) as client:
+            client.push_dataset("sklearn:digits", name="digits")
+        yield mesh
+
+
+@pytest.mark.parametrize("victim", ["the first task", "the second task"])
+def test_a_training_on_two_nodes_goes_on_from_what_the_registry_has_of_both(
+    two_nodes: Mesh, victim: str
+) -> None:
+    with penstock.Client(two_nodes.address) as client:
+        job = training(1)
+        job.nodes = 2
+        # More than half of what a node has: one task on each.
+        job.resources.cpu_millis = max(node.cpu_millis for node in client.list_nodes()) * 3 // 4
+        job = half_way(two_nodes, client, client.create_job(job).name)
+        task = next(task for task in job.tasks if (task.index == 0) == (victim == "the first task"))
+        two_nodes.kill(task.node.removeprefix("nodes/"))
+        done = client.watch_job(job.name, timeout=120)
+        assert done.state == job_pb2.JOB_STATE_SUCCEEDED, f"{done.message}\n{two_nodes.logs()}"
+        assert done.metrics["held_out/accuracy"] >= ACCURACY
+        for before, _, gone_on in repeated(client.list_job_events(job.name)):
+            # A checkpoint counts once both parts are there: the last but one, should the kill come between.
+            assert gone_on >= before

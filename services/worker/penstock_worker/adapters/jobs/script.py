@@ -302,11 +302,11 @@ def _run(entrypoint: Path) -> bool:
     except BaseException as error:
         from penstock_worker.adapters.jobs.rank import end_of
 
-        traceback.print_exc()
         if isinstance(error, RuntimeError):
             end = end_of(error, 0, user_code=True)
             if end.kind is EndKind.PEERS_LOST or end.cause == "OUT_OF_MEMORY":
                 raise
+        traceback.print_exc()
         raise JobFailure(
             last_words(error, entrypoint.parent), "USER_CODE", permanent=isinstance(error, _MISTAKES)
         ) from error
