@@ -70,7 +70,7 @@ def test_without_onednn_weights_are_brought_back_once(
 ) -> None:
     program, _ = quantized(mlp())
     reference, plain = program.module(), program.module()
-    monkeypatch.setattr(cpu_int8, "_replace", lambda module, node, weight: False)
+    monkeypatch.setattr(cpu_int8, "_replace", lambda module, node, weight, rows: False)
     assert compute_in_int8(plain) == 3
     assert not any("dequantize_per_channel" in str(node.target) for node in plain.graph.nodes)
     with torch.no_grad():

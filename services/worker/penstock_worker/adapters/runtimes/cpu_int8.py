@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 # Between two orders of summing in fp32: of the largest number in the answer.
 _TOLERANCE = 1e-3
 _TRIED_ROWS = 2
+# Rows that weights are packed for: packed for fewer they are slower for any number (for 8 rows by half), and
+# for more nothing changes.
+_LEAST_ROWS, _MOST_ROWS = 16, 256
 _OPERATORS = "quantized_decomposed"
 # Places among the arguments of onednn::qlinear_pointwise.
 _OUT_SCALE, _OUT_ZERO, _OUT_DTYPE = 7, 8, 9
@@ -44,7 +47,7 @@ def register_operators_for(path: Path) -> None:
             register_operators()
 
 
-def compute_in_int8(module: GraphModule) -> int:
+def compute_in_int8(module: GraphModule, max_rows: int = 1) -> int:
     """Replace the quantized linear layers of an exported program; return how many there were.
 
     Where oneDNN cannot compute them (another processor, another build of torch) their weights are brought
@@ -52,6 +55,7 @@ def compute_in_int8(module: GraphModule) -> int:
 
     Args:
         module: On the CPU; it is changed.
+        max_rows: Rows in one call of the model at most.
     """
     found = 0
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
@@ -59,7 +63,7 @@ def compute_in_int8(module: GraphModule) -> int:
         if not _is(weight, f"{_OPERATORS}.dequantize_per_channel.default"):
             continue
         found += 1
-        if not _replace(module, node, weight):
+        if not _replace(module, node, weight, min(max(max_rows, _LEAST_ROWS), _MOST_ROWS)):
             _bring_back(module, node, weight)
     if found:
         module.graph.eliminate_dead_code()
@@ -83,7 +87,7 @@ def _constant(module: GraphModule, node: Any) -> torch.Tensor | None:
     return value.detach() if isinstance(value, torch.Tensor) else None
 
 
-def _replace(module: GraphModule, node: Node, weight: Node) -> bool:
+def _replace(module: GraphModule, node: Node, weight: Node, rows: int) -> bool:
     """Put oneDNN's layer in the place of one in the reference form, if that works here."""
     back = node.args[0]
     if not _is(back, f"{_OPERATORS}.dequantize_per_tensor.default") or not isinstance(back, Node):
@@ -96,9 +100,8 @@ def _replace(module: GraphModule, node: Node, weight: Node) -> bool:
         return False
     if not isinstance(scale, float) or not isinstance(zero, int):
         return False
-    shape = [_TRIED_ROWS, stored.shape[1]]
     try:
-        packed = torch.ops.onednn.qlinear_prepack(stored.contiguous(), shape)
+        packed = torch.ops.onednn.qlinear_prepack(stored.contiguous(), [rows, stored.shape[1]])
         fits = _agrees(stored, scales, zeros, bias, packed, scale, zero)
     except (RuntimeError, AttributeError) as error:
         log.info("int8 cannot be computed by oneDNN", extra={"error": str(error)[:200]})

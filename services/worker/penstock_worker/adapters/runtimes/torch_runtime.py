@@ -113,7 +113,7 @@ def _load_pt2(bundle: Bundle, device: torch.device) -> Callable[..., Any]:
         program = move_to_device_pass(program, device)
     module: Callable[..., Any] = program.module()
     if device.type == "cpu" and isinstance(module, torch.fx.GraphModule):
-        compute_in_int8(module)
+        compute_in_int8(module, bundle.max_rows)
         if packing is PackMode.AUTO:
             pack_linear_layers(module, bundle.max_rows)
     return module
