@@ -20,7 +20,7 @@ from support.training import example
 
 pytestmark = [pytest.mark.performance, pytest.mark.timeout(300)]
 
-TURNS = 16
+TURNS = 12
 RANKS = 2
 
 
