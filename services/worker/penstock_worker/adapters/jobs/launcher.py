@@ -32,6 +32,8 @@ from penstock_worker.domain.task import End, EndKind, KilledRank, megabytes, wor
 
 TICK_SECONDS = 0.25
 MEMORY_SECONDS = 1.0
+WATCH_SHARE = 0.01
+"""Of the time may be spent on watching; on large nodes and large processes it happens less often."""
 READ_BYTES = 64 * 1024
 DRAIN_READS = 64
 """A pipe holds 64 KiB; more reads than that would mean that somebody else still writes."""
@@ -75,8 +77,8 @@ class Launcher:
         self._stop_deadline: float | None = None
         self._terminated = False
         self._memory_bytes = 0
-        self._memory_at = 0.0
-        self._looked_at = 0.0
+        self._measure_next = 0.0
+        self._look_next = 0.0
         self._warned = False
         self._memory_kills = limits.killed_for_memory()
 
@@ -366,9 +368,13 @@ class Launcher:
                 "it goes on from its last checkpoint, if it has one.",
             )
             return
-        if now - self._looked_at < TICK_SECONDS:
-            return  # Whoever prints much wakes this process often, and looking around costs a millisecond.
-        self._looked_at = now
+        if now < self._look_next:
+            return  # Whoever prints much wakes this process often.
+        self._look_around(now)
+        self._look_next = now + max(TICK_SECONDS, (time.monotonic() - now) / WATCH_SHARE)
+
+    def _look_around(self, now: float) -> None:
+        """Count processes and memory: a millisecond or two, more on nodes with thousands of processes."""
         below = frozenset({self._group_pid})
         if self._config.user_code and self._ranks:
             running = [pid for pid in limits.descendants(os.getpid()) if pid not in below]
@@ -382,10 +388,13 @@ class Launcher:
                     permanent=True,
                 )
                 return
-        if now - self._memory_at >= MEMORY_SECONDS and self._ranks:
+        if now >= self._measure_next and self._ranks:
             running = [pid for pid in limits.descendants(os.getpid()) if pid not in below]
+            began = time.monotonic()
             self._memory_bytes = limits.memory_of_all(running)
-            self._memory_at = now
+            # The kernel walks all pages meanwhile, and holds up who wants more: seldom for the large.
+            took = time.monotonic() - began
+            self._measure_next = now + max(MEMORY_SECONDS, took / WATCH_SHARE)
             self._line.note("memory", bytes=self._memory_bytes)
             self._check_memory()
 
