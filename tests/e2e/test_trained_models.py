@@ -60,6 +60,20 @@ def test_digits_are_trained_and_served(client: penstock.Client, tmp_path: Path) 
     assert (answers["probabilities"].argmax(1) == labels).mean() >= 0.95
 
 
+def test_a_version_is_gone_on_with(client: penstock.Client) -> None:
+    job = _job("more-digits", "digits", "digits")
+    job.train.recipe.fine_tune = "digits:1"
+    job.train.recipe.epochs = 1
+    job.train.recipe.optimizer.learning_rate = 1e-5
+    client.create_job(job)
+    done = client.wait_for_job("more-digits", timeout=180)
+    first, second = (client.get_version(f"digits:{number}").manifest for number in (1, 2))
+    assert list(second.lineage.parents) == ["models/digits/versions/1"]
+    assert second.lineage.job == done.name
+    before, after = (found.metrics["held_out/loss"] for found in (first, second))
+    assert 0.5 * before < after < 1.05 * before
+
+
 def test_texts_are_asked_by_the_tokenizer_of_the_version(client: penstock.Client, tmp_path: Path) -> None:
     job = _job("functions", "python-functions", "functions")
     job.train.recipe.architecture = "bag"
