@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from penstock_kit.jobs.train import plan_of
 from penstock_worker.adapters.measuring.loading import open_version
+from penstock_worker.adapters.training.architectures import Blueprint, build_model
 from penstock_worker.adapters.training.job import run
-from penstock_worker.adapters.training.memory import Needs, out_of_memory
+from penstock_worker.adapters.training.memory import Needs, estimate, out_of_memory
+from penstock_worker.adapters.training.optimizers import optimizer_maker
 from penstock_worker.adapters.training.rebuild import rebuild
 from penstock_worker.adapters.training.texts import load_tokenizer
 from penstock_worker.usecases.job_context import FetchedDataset, FetchedVersion, JobFailure, Stopped
@@ -343,3 +346,45 @@ def test_texts_are_classified_by_token_ids_of_the_bundles_tokenizer(tmp_path: Pa
     filled = _ask(version, {"tokens": np.array([[*ids, *([0] * (12 - len(ids)))]])})
     assert alone["probabilities"][0, 1] > 0.9
     assert filled["logits"] == pytest.approx(alone["logits"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "states"),
+    [
+        ({"optimizer": "gd"}, 0),
+        ({"optimizer": "sgd"}, 0),
+        ({"optimizer": "sgd", "optimizer_parameters": {"momentum": 0.9}}, 1),
+        ({"optimizer": "rmsprop"}, 1),
+        ({"optimizer": "adamw"}, 2),
+        ({"optimizer": "lbfgs", "optimizer_parameters": {"max_iter": 4}, "epochs": 2}, 16),
+    ],
+)
+def test_the_estimate_of_an_optimizer_is_what_it_keeps(
+    recipe: dict[str, Any], states: int, wine: FetchedDataset, tmp_path: Path
+) -> None:
+    context = context_for(tmp_path, wine, architecture="linear", **{"epochs": 2, **recipe})
+    plan = plan_of(context.job.train.recipe)
+    blueprint = Blueprint("tabular", "linear", {}, 3, (("x", (13,)),), classes=("a", "b", "c"))
+    needs = estimate(blueprint, plan, 32, 0)
+    # What it keeps beside is small: counters, or three vectors of lbfgs.
+    assert needs.optimizer // needs.weights in range(states, states + 4)
+    model = build_model(blueprint)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    optimizer = optimizer_maker(plan)(model.parameters())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss: torch.Tensor = model(torch.randn(8, 13)).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(plan.epochs):
+        optimizer.step(closure)
+    kept = sum(_elements(value) for state in optimizer.state.values() for value in state.values())
+    assert kept <= (states + 3) * parameters + 10
+
+
+def _elements(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel()
+    return sum(map(_elements, value)) if isinstance(value, list) else 0

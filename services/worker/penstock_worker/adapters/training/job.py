@@ -66,7 +66,7 @@ def run_recipe(context: JobContext, work: job_work_pb2.TrainWork) -> None:
     )
     prepared = prepare(opened, plan, seed=work.seed, device=device, base=None if base is None else base.path)
     at_once = _rows_at_once(plan, len(prepared.train), context.world_size)
-    needs = estimate(prepared.blueprint, plan.optimizer.name, at_once, prepared.bytes)
+    needs = estimate(prepared.blueprint, plan, at_once, prepared.bytes)
     allocated = int(context.job.resources.memory_bytes)
     refuse_too_large(needs, allocated, context.world_size, sharded=plan.strategy in _SHARDED)
     if context.rank == 0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from penstock_kit.jobs.train import Plan
 from penstock_worker.adapters.training.architectures import Blueprint, build_model
 from penstock_worker.usecases.job_context import JobFailure
 
@@ -14,12 +15,10 @@ _FLOAT = 4
 # Tensors of the size of all weights that optimizers keep beside them.
 _OPTIMIZER_STATES = {
     "gd": 0,
-    "sgd": 1,
     "adafactor": 1,
     "adagrad": 1,
     "asgd": 1,
     "rmsprop": 1,
-    "lbfgs": 200,
 }
 _USUAL_STATES = 2
 
@@ -58,12 +57,23 @@ class Needs:
         )
 
 
-def estimate(blueprint: Blueprint, optimizer: str, rows: int, data: int) -> Needs:
+def _states(plan: Plan) -> int:
+    """Return how many tensors of the size of all weights the optimizer keeps at most."""
+    name, parameters = plan.optimizer.name, plan.optimizer.parameters
+    if name == "sgd":
+        return 1 if parameters["momentum"] else 0
+    if name == "lbfgs":
+        # A change of the weights and one of the gradients for each pass that it remembers.
+        return 2 * min(int(parameters["history_size"]), plan.epochs * int(parameters["max_iter"])) + 3
+    return _OPTIMIZER_STATES.get(name, _USUAL_STATES)
+
+
+def estimate(blueprint: Blueprint, plan: Plan, rows: int, data: int) -> Needs:
     """Estimate what a training needs, without computing anything: the model is laid out without memory.
 
     Args:
         blueprint: The model.
-        optimizer: Its name.
+        plan: The recipe.
         rows: Computed at once.
         data: Bytes of the rows that are kept ready.
     """
@@ -86,8 +96,7 @@ def estimate(blueprint: Blueprint, optimizer: str, rows: int, data: int) -> Need
     held: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(example)
-    states = _OPTIMIZER_STATES.get(optimizer, _USUAL_STATES)
-    return Needs(weights, weights, states * weights, sum(kept.values()), data, rows)
+    return Needs(weights, weights, _states(plan) * weights, sum(kept.values()), data, rows)
 
 
 def refuse_too_large(needs: Needs, allocated: int, ranks: int, *, sharded: bool) -> None:
