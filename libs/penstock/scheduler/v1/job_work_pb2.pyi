@@ -133,7 +133,9 @@ class Recipe(_message.Message):
     epochs: _builtins.int
     """Optional. Times that the training part is seen; 0 means 10."""
     batch_size: _builtins.int
-    """Optional. Rows that all ranks together take a step on; 0 means 32. The optimizer gd takes all rows."""
+    """Optional. Rows that all ranks together take a step on; 0 means 32. The optimizers gd, lbfgs and rprop take all
+    rows, so many at once; 0 then means 1024.
+    """
     clip_gradient_norm: _builtins.float
     """Optional. Norm of the gradient at most; 0 means unbounded."""
     precision: _builtins.str
