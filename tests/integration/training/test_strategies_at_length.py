@@ -122,21 +122,16 @@ def test_servers_that_do_not_wait_train_as_well(tmp_path: Path) -> None:
         assert result.accuracy == pytest.approx(expected.accuracy, abs=0.03)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (Case(strategy={"name": "ddp"}, batch_size=3), "A batch of 3 rows cannot be cut into parts for 4"),
-        (Case(strategy={"name": "single"}), "single is for 1 rank, and there are 4"),
-        (Case(strategy={"name": "pipeline"}, model="cnn", precision="fp16"), "fp16 needs a GPU"),
-    ],
-)
-def test_what_only_the_ranks_can_know_is_refused_by_all_of_them(
-    wrong: Case, words: str, tmp_path: Path
-) -> None:
-    (result,) = together(tmp_path, 4, [wrong])
-    assert result.failure is not None
-    assert words in result.failure[0]
-    assert result.failure[1] == "INVALID_RECIPE"
+def test_what_only_the_ranks_can_know_is_refused_by_all_of_them(tmp_path: Path) -> None:
+    wrong = {
+        "A batch of 3 rows cannot be cut into parts for 4": Case(strategy={"name": "ddp"}, batch_size=3),
+        "single is for 1 rank, and there are 4": Case(strategy={"name": "single"}),
+        "fp16 needs a GPU": Case(strategy={"name": "pipeline"}, model="cnn", precision="fp16"),
+    }
+    for words, result in zip(wrong, together(tmp_path, 4, list(wrong.values())), strict=True):
+        assert result.failure is not None
+        assert words in result.failure[0]
+        assert result.failure[1] == "INVALID_RECIPE"
 
 
 def test_with_fewer_ranks_than_servers_one_computes(tmp_path: Path) -> None:
