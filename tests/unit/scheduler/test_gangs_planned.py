@@ -277,3 +277,20 @@ def test_an_idle_deployment_makes_no_room_for_what_waits_for_its_quota() -> None
     world.run()
     assert "project x holds 0 of 0.5 cores" in world.waits("d")
     assert list(evicted(world.snapshot, ["idle"])) == []
+
+
+def test_no_job_makes_room_for_a_replica_that_its_quota_would_keep_out_there() -> None:
+    part = Resources(cpu_millis=1000, gpus=1, gpu_memory_bytes=8 * GIB)
+    small, large = node("small", gpus=1, gpu_memory=8 * GIB), node("large", gpus=1, gpu_memory=80 * GIB)
+    world = PlannerWorld(
+        [small, replace(large, cordoned=True)],
+        jobs=[job("j", resources=Resources(cpu_millis=1000, gpus=1))],
+        projects=[Project("x", Holding(gpu_millis=500))],
+    )
+    world.run()
+    assert world.working() == {"j"}
+    # On the large GPU it would count a tenth; on the small one, which a job holds, the whole.
+    world.add(deployments=[deployment("d", project="x", resources=part)])
+    world.run()
+    assert world.working() == {"j"}
+    assert world.waits("d").startswith("No node has room for it.")

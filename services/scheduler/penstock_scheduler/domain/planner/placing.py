@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from penstock_scheduler.domain.deployment import Deployment
 from penstock_scheduler.domain.job import JobState
@@ -120,10 +121,12 @@ class Placer:
                     ending[replica.node].append(replica)
         future = Future(self._usage, ending, working, jobs.jobs)
         for replica in self._roomless:
-            claim = future.claim(self._scene.need_of(replica))
+            claim = future.claim(
+                self._scene.need_of(replica), replica.deployment, partial(self._allowed, replica)
+            )
             if claim is None:
                 continue
-            charge = self._accounts.least_charge(replica.resources)
+            charge = self._accounts.charge(replica.resources, claim.node, claim.devices)
             self._accounts.reserve(self._project(replica), charge)
             old = self._scene.before.get(replica.id)
             # One that has just been asked for waits a pass: what is idle makes room before jobs do.
@@ -208,6 +211,14 @@ class Placer:
             accounts.surge(project, replica.deployment, charge)
             return place, True
         return None
+
+    def _allowed(self, replica: Replica, place: Placement) -> bool:
+        """Whether its quota would have room for a replica at a place."""
+        project = self._project(replica)
+        charge = self._accounts.charge_at(replica.resources, place)
+        return self._accounts.may_hold(project, charge) or self._accounts.may_surge(
+            project, replica.deployment, charge
+        )
 
     def _why(self, replica: Replica, need: Need, neighbours: Mapping[str, int]) -> tuple[str, bool]:
         """Why it waits, and whether it lacks room on nodes, not in its quota."""

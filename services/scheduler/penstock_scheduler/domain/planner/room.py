@@ -27,10 +27,12 @@ class Claim:
 
     Attributes:
         node: where.
+        devices: the devices of it.
         jobs: those that must end for it; none if enough is about to be free anyway.
     """
 
     node: str
+    devices: tuple[str, ...]
     jobs: tuple[str, ...] = ()
 
 
@@ -56,7 +58,7 @@ class Future:
         self._jobs = jobs
         self._nodes_of: dict[str, list[str]] = {}
         self._usages: dict[str, Usage] = {}
-        self._hopeless: set[Need] = set()
+        self._hopeless: set[tuple[Need, str]] = set()
         self.claims = 0
         for node, holders in ending.items():
             if holders:
@@ -82,29 +84,29 @@ class Future:
             usage.give_back(task.resources, task.devices, task.digest)
         return usage
 
-    def claim(self, need: Need, *, promise: bool = True) -> Claim | None:
+    def claim(self, need: Need, owner: str, allowed: Callable[[Placement], bool]) -> Claim | None:
         """Promises room to a replica that has none; None if nobody's leaving would make any.
 
         Args:
             need: what it needs.
-            promise: whether jobs may be asked to leave for it.
+            owner: its deployment.
+            allowed: whether its quota has room for it at a place: none is made where it has not.
         """
-        if need in self._hopeless or self.claims >= MOST_CLAIMS:
+        if (need, owner) in self._hopeless or self.claims >= MOST_CLAIMS:
             return None
         for node, usage in sorted(self._usages.items()):
-            if self._take(node, usage, need):
-                return Claim(node)
-        if not promise:
-            return None
-        found = min(self._offers(need), default=None, key=lambda each: each[0])
+            devices = self._take(usage, need, allowed)
+            if devices:
+                return Claim(node, devices)
+        found = min(self._offers(need, allowed), default=None, key=lambda each: each[0])
         if found is None:
-            self._hopeless.add(need)
+            self._hopeless.add((need, owner))
             return None
         _, node, jobs = found
         for job in jobs:
             self._end(job.id)
-        self._take(node, self._changing(node), need)
-        return Claim(node, tuple(job.id for job in jobs))
+        devices = self._take(self._changing(node), need, allowed)
+        return Claim(node, devices, tuple(job.id for job in jobs)) if devices else None
 
     def take(self, seat: Placement, need: Need, digest: str) -> None:
         """Counts a task that was placed where something else is promised."""
@@ -114,20 +116,26 @@ class Future:
 
     # -- helpers ----------------------------------------------------------------------------------
 
-    def _take(self, node: str, usage: Usage, need: Need) -> bool:
+    def _take(self, usage: Usage, need: Need, allowed: Callable[[Placement], bool]) -> tuple[str, ...]:
+        """The devices of a replica that gets its place in the future; none if it gets none."""
         place = check(usage, need)
-        if not isinstance(place, Placement):
-            return False
+        if not isinstance(place, Placement) or not allowed(place):
+            return ()
         usage.take(need.resources, place.devices, need.digest)
         self.claims += 1
-        return True
+        return place.devices
 
-    def _offers(self, need: Need) -> Iterable[tuple[tuple[object, ...], str, Sequence[Job]]]:
+    def _offers(
+        self, need: Need, allowed: Callable[[Placement], bool]
+    ) -> Iterable[tuple[tuple[object, ...], str, Sequence[Job]]]:
         """Nodes where jobs could make room, each with what that costs."""
         looked_at = 0
         empty = Fleet(self.without_jobs(node) for node in self._working)
         for row in empty.rows(need):
             node = empty.usages[row].node.name
+            place = check(empty.usages[row], need)
+            if not isinstance(place, Placement) or not allowed(place):
+                continue
             jobs = cheapest(
                 self._usages.get(node) or self._actual(node), need, self._stoppable(node), self._working[node]
             )
