@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import importlib.metadata
+import ipaddress
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 
@@ -260,13 +261,24 @@ def _preload(entry: str, runtimes: Mapping[str, str]) -> list[str]:
     return [entry.partition(":")[0], LAUNCHER_ENTRY.partition(":")[0], *runtimes.values(), WARMTH]
 
 
+def _stands_for_all(host: str) -> bool:
+    """Return whether a host is the address of no machine, by which one listens on all its addresses."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
 def _host_policy(settings: WorkerSettings, capacity: Capacity) -> HostPolicy:
     host = settings.worker_job_host
     if not host:
         address = settings.worker_address or settings.worker_listen
         host = "" if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
-        host = socket.gethostbyname(socket.gethostname())
+    if _stands_for_all(host):
+        try:
+            host = socket.gethostbyname(socket.gethostname())
+        except OSError:  # a machine that does not know its own name
+            host = ""
     processor = next((device.model for device in capacity.devices if not device.gpu), "")
     return HostPolicy(
         host=host or "127.0.0.1",

@@ -57,7 +57,8 @@ class Desk:
         path = self._folder / "desk"
         if len(str(path)) > 100:  # the kernel takes 107 bytes
             shutil.rmtree(self._folder)
-            self._folder = Path(tempfile.mkdtemp(prefix="penstock-", dir="/tmp"))
+            # mkdtemp makes it for us alone.
+            self._folder = Path(tempfile.mkdtemp(prefix="penstock-", dir="/tmp"))  # nosec B108
             path = self._folder / "desk"
         self._server = await asyncio.start_unix_server(self._accept, path=path, limit=READ_BYTES)
         self.path = str(path)

@@ -9,6 +9,7 @@ MASTER_PORT): one that ranks before them have used would give them dead addresse
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -210,8 +211,17 @@ class LauncherAgent(SimpleElasticAgent):
 
 
 def listen(host: str) -> TCPStore:
-    """Open a store on a free port of one address, and on no other."""
-    listener = socket.create_server((host, 0))
+    """Open a store on a free port of one address, and on no other.
+
+    Where the address is not this machine's own, as behind a translation of addresses, it listens on all.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, 0), family=family)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        listener = socket.create_server(("", 0), family=family)
     port = listener.getsockname()[1]
     # The store owns the descriptor from here on.
     return TCPStore(
