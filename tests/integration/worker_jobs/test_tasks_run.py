@@ -1,12 +1,18 @@
 """A task of a job runs on a node: what its work says arrives, and how it ends is known."""
 
+import os
 from pathlib import Path
 
 from google.protobuf.json_format import MessageToDict
 
-from support.agent_world import World, until
+from support.agent_world import World, children_of, until
 from support.job_specs import job, steps_of
 from support.task_events import Events
+
+
+def killer_score(pid: int) -> int:
+    """How soon the kernel ends a process for lack of memory; replicas have 500."""
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
 async def test_what_the_work_says_arrives_in_order_and_its_report_is_told(
@@ -84,3 +90,29 @@ async def test_work_that_this_node_does_not_run_is_refused(world: World, run_age
         seen = await world.task_state(program.name, "FAILED")
         assert seen.permanent
         assert "PENSTOCK_ALLOW_USER_CODE" in seen.message
+
+
+async def test_a_task_that_still_waits_for_the_first_one_of_its_attempt_stops_at_once(
+    world: World, run_agent
+) -> None:
+    async with run_agent():
+        task = world.want_task(job("hello"), 1, index=1, tasks=2)
+        await until(lambda: "where the ranks meet" in getattr(world.observed_task(task.name), "message", ""))
+        world.change_task(task.name, stopping=True)
+        await world.task_state(task.name, "STOPPED")
+
+
+async def test_ranks_step_back_behind_replicas_for_processor_and_memory(
+    world: World, run_agent, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    async with run_agent(worker_job_nice=7):
+        task = world.want_task(job("count", to=2, every=100, hold=1, trace=trace))
+        await until(lambda: 1 in steps_of(trace))
+        seen = await world.task_state(task.name, "RUNNING")
+        (rank,) = children_of(seen.pid)
+        assert os.getpriority(os.PRIO_PROCESS, rank) == min(19, own + 7)
+        assert killer_score(rank) == 800
+        (tmp_path / "trace.go").touch()
+        await world.task_state(task.name, "SUCCEEDED")
