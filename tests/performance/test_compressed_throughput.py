@@ -52,7 +52,7 @@ def test_int8_serves_three_times_what_fp32_does(tmp_path: Path) -> None:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     print(f"a load of {load:.1f} on {cores} processors before")
     source = mlp(tmp_path)
-    job = source.compress(tmp_path / "job", [("quantize", {"scheme": "static_int8", "runtime": "torch"})])
+    job = source.compress(tmp_path / "job", [("quantize", {"scheme": "dynamic_int8"})])
     (small,) = job.published()
     before, after = candidates(job)
     print(

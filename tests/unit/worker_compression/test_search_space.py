@@ -21,7 +21,7 @@ from penstock_worker.domain.search_space import (
 )
 
 CNN = ModelFacts(trainable=True, convolutions=2, linears=2, free_layers=3, blocks=0)
-TRANSFORMER = ModelFacts(trainable=True, convolutions=0, linears=25, free_layers=4, blocks=4, tables=True)
+TRANSFORMER = ModelFacts(trainable=True, convolutions=0, linears=25, free_layers=4, blocks=4)
 GRAPH = ModelFacts(trainable=False, convolutions=0, linears=3, free_layers=0, blocks=0)
 
 
@@ -40,16 +40,7 @@ def test_all_that_is_tried_are_steps_that_there_are(facts: ModelFacts) -> None:
 
 def test_a_pushed_graph_is_only_quantized() -> None:
     assert not bodies(GRAPH, 1.0)
-    assert [names(finish) for finish in finishes(GRAPH)] == [["quantize"]] * 5
-
-
-def test_linear_layers_alone_are_also_quantized_for_torch() -> None:
-    def runtimes(facts: ModelFacts) -> list[str]:
-        return [parameters.get("runtime", "onnx") for finish in finishes(facts) for _, parameters in finish]
-
-    assert "torch" in runtimes(GRAPH)
-    assert "torch" not in runtimes(TRANSFORMER)
-    assert "torch" not in runtimes(CNN)
+    assert [names(finish) for finish in finishes(GRAPH)] == [["quantize"]] * 4
 
 
 def test_convolutions_are_calibrated_first_and_linear_layers_are_not() -> None:

@@ -41,7 +41,6 @@ class ModelFacts:
         linears: Linear layers.
         free_layers: Layers whose channels can be taken out.
         blocks: Repeated blocks; 0 or 1 if there are none to drop.
-        tables: It looks up embeddings, or is a graph that the runtime torch does not serve.
     """
 
     trainable: bool
@@ -49,7 +48,6 @@ class ModelFacts:
     linears: int
     free_layers: int
     blocks: int
-    tables: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,9 +93,6 @@ def finishes(facts: ModelFacts) -> list[Steps]:
     found = [static, dynamic] if facts.convolutions else [dynamic, static]
     if not facts.linears:
         found = [static]
-    elif not facts.convolutions and not facts.tables:
-        # Linear layers alone: oneDNN is faster for few rows.
-        found.insert(1, (("quantize", {"scheme": "static_int8", "runtime": "torch"}),))
     found += [
         (("quantize", {"scheme": "weight_only_int8"}),),
         (("quantize", {"scheme": "weight_only_int4"}),),

@@ -186,7 +186,6 @@ class Search:
                 linears=sum(kind in {"matmul", "gemm"} or "linear" in kind for kind in kinds),
                 free_layers=0,
                 blocks=0,
-                tables=subject.format == "onnx" or any("embedding" in kind for kind in kinds),
             )
         module = subject.module
         found = layers(module)
@@ -197,7 +196,6 @@ class Search:
             linears=sum(isinstance(layer, nn.Linear) for layer in found.values()),
             free_layers=len(free_layers(module, self._tools.example())),
             blocks=len(blocks.names) if blocks else 0,
-            tables=any(isinstance(part, nn.Embedding) for part in module.modules()),
         )
 
     def _rungs(self, all_bodies: Sequence[Body], ends: Sequence[Steps]) -> None:
