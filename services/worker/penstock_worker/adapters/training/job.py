@@ -108,6 +108,9 @@ def _train(
     parts = parts_of(work, plan, prepared, context.world_size)
     strategy = open_strategy(work.recipe.strategy, context, parts)
     try:
+        if context.rank == 0:
+            for note in strategy.notes:
+                context.log(note)
         loop = Loop(context, plan, strategy, prepared.train, prepared.held_out, prepared.score, work.seed)
         outcome = loop.run()
         return outcome, strategy.weights()
