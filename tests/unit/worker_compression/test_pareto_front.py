@@ -77,7 +77,7 @@ def _beats(one: Outcome, other: Outcome) -> bool:
     return (
         one.size_ratio <= other.size_ratio
         and one.latency_seconds <= other.latency_seconds
-        and one.throughput >= other.throughput
+        and one.speed_up >= other.speed_up
         and one.metric_loss <= other.metric_loss
     )
 
