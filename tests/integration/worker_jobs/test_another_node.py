@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from penstock.registry.v1 import artifact_pb2
 from penstock.registry.v1.artifact_service_pb2 import ListArtifactsRequest
 from support.agent_world import World, until
@@ -42,6 +44,7 @@ async def test_a_node_that_has_nothing_of_a_job_goes_on_from_the_checkpoint_in_t
     assert sorted(set(steps_of(trace))) == list(range(1, 21))
 
 
+@pytest.mark.training
 async def test_work_goes_on_and_ends_while_the_registry_is_away(
     world: World, run_agent, registry: Registry, tmp_path: Path
 ) -> None:

@@ -33,7 +33,9 @@ from penstock_worker.domain.task import End, EndKind, KilledRank, megabytes, wor
 TICK_SECONDS = 0.25
 MEMORY_SECONDS = 1.0
 WATCH_SHARE = 0.01
-"""Of the time may be spent on watching; on large nodes and large processes it happens less often."""
+"""Of a processor may be spent on watching; on large nodes and large processes it happens less often."""
+LAST_TICK_SECONDS = 1.0
+LAST_MEMORY_SECONDS = 10.0
 READ_BYTES = 64 * 1024
 DRAIN_READS = 64
 """A pipe holds 64 KiB; more reads than that would mean that somebody else still writes."""
@@ -370,8 +372,10 @@ class Launcher:
             return
         if now < self._look_next:
             return  # Whoever prints much wakes this process often.
+        began = time.process_time()
         self._look_around(now)
-        self._look_next = now + max(TICK_SECONDS, (time.monotonic() - now) / WATCH_SHARE)
+        pause = (time.process_time() - began) / WATCH_SHARE
+        self._look_next = now + min(max(TICK_SECONDS, pause), LAST_TICK_SECONDS)
 
     def _look_around(self, now: float) -> None:
         """Count processes and memory: a millisecond or two, more on nodes with thousands of processes."""
@@ -390,11 +394,12 @@ class Launcher:
                 return
         if now >= self._measure_next and self._ranks:
             running = [pid for pid in limits.descendants(os.getpid()) if pid not in below]
-            began = time.monotonic()
+            began = time.process_time()
             self._memory_bytes = limits.memory_of_all(running)
             # The kernel walks all pages meanwhile, and holds up who wants more: seldom for the large.
-            took = time.monotonic() - began
-            self._measure_next = now + max(MEMORY_SECONDS, took / WATCH_SHARE)
+            pause = (time.process_time() - began) / WATCH_SHARE
+            longest = MEMORY_SECONDS if self._config.user_code else LAST_MEMORY_SECONDS
+            self._measure_next = now + min(max(MEMORY_SECONDS, pause), longest)
             self._line.note("memory", bytes=self._memory_bytes)
             self._check_memory()
 
