@@ -20,6 +20,7 @@ from penstock_cli.commands import (
     predict,
     projects,
     push,
+    recipes,
     rollouts,
     show,
     work,
@@ -68,6 +69,7 @@ app.add_typer(projects.projects, name="projects", rich_help_panel=_SERVING)
 
 app.add_typer(datasets.datasets, name="datasets", rich_help_panel=_JOBS)
 app.command(rich_help_panel=_JOBS)(work.train)
+app.command(rich_help_panel=_JOBS)(recipes.recipes)
 app.command(rich_help_panel=_JOBS)(work.convert)
 app.command(rich_help_panel=_JOBS)(work.compress)
 app.command(rich_help_panel=_JOBS)(work.profile)

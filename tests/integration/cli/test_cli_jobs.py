@@ -15,6 +15,7 @@ from penstock.errors import NotFound
 from penstock.scheduler.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc
 from penstock_cli.__main__ import main
 from penstock_cli.job_views import Account, job_view
+from penstock_kit.jobs import compress, training
 from support.fake_mesh import FakeMesh
 
 LOG = job_service_pb2.JOB_EVENT_KIND_LOG
@@ -271,3 +272,17 @@ def test_who_watches_sees_progress_a_curve_and_the_log(mesh: JobMesh) -> None:
         console.print(job_view(job, account))
     for part in ("RUNNING", "30 %", "epoch 3 of 10", "1.5 min left", "train/loss", "epoch 2 is done"):
         assert part in seen.get()
+
+
+def test_what_recipes_are_made_of_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    names = {entry["name"]: entry for entry in json.loads(run(capsys, "recipes", "--json")[1])}
+    assert {
+        *training.ARCHITECTURES,
+        *training.OPTIMIZERS,
+        *training.STRATEGIES,
+        *compress.STEPS,
+    } <= names.keys()
+    assert "nesterov" in run(capsys, "recipes", "sgd")[1]
+    code, _, err = run(capsys, "recipes", "adamm")
+    assert code == 3
+    assert "Did you mean adam" in err

@@ -78,7 +78,7 @@ Global___TrainWork: _TypeAlias = TrainWork  # noqa: Y015
 
 @_typing.final
 class Recipe(_message.Message):
-    """A training that needs no program. Names are those that `penstock train --help` lists; an unknown one is refused
+    """A training that needs no program. Names are those that `penstock recipes` lists; an unknown one is refused
     with the nearest that exists.
     """
 
