@@ -176,7 +176,7 @@ def test_an_alias_that_moves_brings_new_answers_and_back_the_old_model_computes_
             return ask(client, 8)[0] == total
 
         mesh.wait(moved, f"version {version} answers")
-        # Until the last replica of the other version, or an earlier one of this, has gone, routes still change.
+        # Until the last replica of the other version has gone, routes still change.
         mesh.wait(lambda: len(client.list_replicas(deployment="counting")) == 1, "one replica is left")
         again = ask(client, 8)
         assert again == ask(client, 8)

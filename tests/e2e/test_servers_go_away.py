@@ -36,9 +36,9 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
 
 @pytest.fixture(scope="module")
 def mesh(
-    start_mesh: Callable[..., Mesh],
     postgres: EmbeddedPostgres,
     redis: EmbeddedRedis,
+    start_mesh: Callable[..., Mesh],  # after its servers, so that it is stopped before them
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Mesh:
     """A mesh that was started before its servers were, and serves the model `adder`."""

@@ -64,8 +64,8 @@ def collector() -> Iterator[tuple[Collector, str]]:
 
 @pytest.fixture(scope="module")
 def traced(
-    start_mesh: Callable[..., Mesh],
     collector: tuple[Collector, str],
+    start_mesh: Callable[..., Mesh],  # after the collector, so that it is stopped before that
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Mesh:
     """A mesh that sends its spans to the collector and serves the model `adder`."""
