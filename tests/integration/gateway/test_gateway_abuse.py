@@ -234,8 +234,9 @@ def test_a_service_that_refuses_an_upload_early_is_heard(gateway: GatewayProcess
         for _ in range(200):
             yield registry_service_pb2.UploadArtifactRequest(chunk=bytes(1 << 20))
 
-    # Not grpc.aio: its client sometimes says "Internal error from Core" of a server that answers a stream
-    # before its end (10 of 40 calls of a bare grpc.aio server, grpcio 1.85.1).
+    # grpc's client sometimes says "Internal error from Core" of a server that answers a stream before its end
+    # (10 of 40 calls of a bare grpc.aio server by grpc.aio, grpcio 1.85.1, seldom by this one): then once more.
+    codes: list[grpc.StatusCode] = []
     with grpc.insecure_channel(gateway.target) as channel:
         upload = channel.stream_unary(
             UPLOAD,
@@ -243,11 +244,15 @@ def test_a_service_that_refuses_an_upload_early_is_heard(gateway: GatewayProcess
             response_deserializer=registry_service_pb2.UploadArtifactResponse.FromString,
         )
         try:
-            with pytest.raises(grpc.RpcError) as caught:
-                upload(parts(), timeout=20)
+            while len(codes) < 5 and codes[-1:] != [grpc.StatusCode.NOT_FOUND]:
+                with pytest.raises(grpc.RpcError) as caught:
+                    upload(parts(), timeout=20)
+                codes.append(caught.value.code())
+                if codes[-1] is grpc.StatusCode.INTERNAL:
+                    assert caught.value.details() == "Internal error from Core"
         finally:
             world.uploading_fails = ""
-    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert codes[-1] is grpc.StatusCode.NOT_FOUND, codes
     assert caught.value.details() == "There is no such version."
 
 
