@@ -14,6 +14,8 @@ queue, and all keys of one gateway, live in one slot of a Redis Cluster.
     pk1:{<gateway>}:replies            list of packed replies
     pk1:{jobs}:events                  stream of what happens in jobs; each entry's field `e` is a
                                        serialized scheduler.v1.JobEvent
+    pk1:{jobs}:queue                   list of the jobs that callers made or changed, oldest first, until
+                                       the scheduler that leads has taken them
 """
 
 import re
@@ -25,6 +27,9 @@ JOB_EVENTS = b"pk1:{jobs}:events"
 JOB_EVENT_FIELD = b"e"
 JOB_EVENTS_LENGTH = 20_000
 """Entries that agents let the stream of events grow to, about; what is trimmed they send again."""
+JOB_QUEUE = b"pk1:{jobs}:queue"
+JOB_QUEUE_LENGTH = 10_000
+"""Names that wait in the queue of jobs; the oldest give way, and are found in the database."""
 
 PRIORITY_HIGH = 0
 PRIORITY_NORMAL = 1

@@ -27,6 +27,8 @@ from penstock_kit.lifecycle import TaskSet
 from penstock_kit.rpc import RpcServer, open_channel
 from penstock_kit.telemetry import MetricsServer, configure_logging, configure_tracing, shutdown_tracing
 from penstock_scheduler.adapters.event_stream import RedisEventStream
+from penstock_scheduler.adapters.job_queue import RedisJobQueue
+from penstock_scheduler.adapters.redis import Redis
 from penstock_scheduler.adapters.registry import GrpcRegistry
 from penstock_scheduler.adapters.work import SqlLeadership, SqlWorks
 from penstock_scheduler.api.job_references import canary_of
@@ -45,6 +47,7 @@ from penstock_scheduler.usecases.deployments import Deployments
 from penstock_scheduler.usecases.inspect import Inspect
 from penstock_scheduler.usecases.job_canaries import JobCanaries
 from penstock_scheduler.usecases.job_events import EventIntake, JobEvents
+from penstock_scheduler.usecases.job_queue import JobQueueIntake
 from penstock_scheduler.usecases.job_results import JobResults
 from penstock_scheduler.usecases.jobs import Jobs
 from penstock_scheduler.usecases.nodes import Nodes
@@ -106,9 +109,14 @@ class Scheduler:
         self._reconciler = Reconciler(
             works, self._leadership, self._hub, self._wake, policy, self.traffic, self._results
         )
-        self._stream = RedisEventStream(settings.redis_url)
+        self._redis = [
+            Redis(settings.redis_url, f"penstock-scheduler-{use}") for use in ("events", "putting", "taking")
+        ]
+        events, putting, taking = self._redis
+        queue = RedisJobQueue(putting, taking)
+        self._queue = JobQueueIntake(queue, self._wake, lambda: self._reconciler.leading)
         self._intake = EventIntake(
-            self._stream,
+            RedisEventStream(events),
             works,
             self._reconciler.events_came,
             self._wake,
@@ -135,7 +143,7 @@ class Scheduler:
             ),
             scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
         )
-        jobs = Jobs(works, registry, registry, self._wake, self._reconciler.jobs)
+        jobs = Jobs(works, registry, registry, self._wake, queue, self._reconciler.jobs)
         self._server.add(
             job_service_pb2_grpc.add_JobServiceServicer_to_server,
             JobServicer(jobs, JobEvents(works, jobs)),
@@ -180,7 +188,8 @@ class Scheduler:
         await self._tasks.stop()
         await self._leadership.release()
         await self._server.stop(grace=1.0)
-        self._stream.close()
+        for connection in self._redis:
+            connection.close()
         await self._channel.close()
         await self._engine.dispose()
 
@@ -193,6 +202,7 @@ class Scheduler:
         self._tasks.run_forever("lead", self._leadership.beat)
         self._tasks.run_forever("listen", self._reconciler.listen)
         self._tasks.run_forever("aliases", self._aliases.run)
+        self._tasks.run_forever("queue of jobs", self._queue.run)
         self._tasks.run_forever("events of jobs", self._intake.run)
         self._tasks.run_forever("results of jobs", self._results.run)
 

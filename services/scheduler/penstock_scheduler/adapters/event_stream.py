@@ -6,17 +6,14 @@ import logging
 import math
 from collections.abc import Sequence
 from datetime import UTC
-from typing import Any
 
-import hiredis
 from google.protobuf.message import DecodeError
 
 from penstock.scheduler.v1 import job_pb2
 from penstock_kit import names
-from penstock_kit.errors import InvalidArgument, Reason, Unavailable
-from penstock_kit.queue.address import Address
-from penstock_kit.queue.connection import Connection
+from penstock_kit.errors import InvalidArgument
 from penstock_kit.queue.keys import JOB_EVENT_FIELD, JOB_EVENTS
+from penstock_scheduler.adapters.redis import Redis
 from penstock_scheduler.domain.job import EventKind
 from penstock_scheduler.domain.job_events import JobEvent
 from penstock_scheduler.usecases.job_events import Entry
@@ -34,19 +31,18 @@ _KINDS = {
 
 
 class RedisEventStream:
-    """Implements `EventStream`; connects when first asked, and anew after a failure.
+    """Implements `EventStream`.
 
     Args:
-        url: of Redis.
+        redis: where the stream is.
     """
 
-    def __init__(self, url: str) -> None:
-        self._address = Address.parse(url)
-        self._connection: Connection | None = None
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
 
     async def read(self, count: int) -> Sequence[Entry]:
         """See `EventStream.read`."""
-        found = await self._ask(b"XRANGE", JOB_EVENTS, b"-", b"+", b"COUNT", str(count).encode())
+        found = await self._redis.ask(b"XRANGE", JOB_EVENTS, b"-", b"+", b"COUNT", count)
         entries = []
         for id_, fields in found:
             values = dict(zip(fields[::2], fields[1::2], strict=False))
@@ -55,23 +51,7 @@ class RedisEventStream:
 
     async def drop(self, ids: Sequence[bytes]) -> None:
         """See `EventStream.drop`."""
-        await self._ask(b"XDEL", JOB_EVENTS, *ids)
-
-    def close(self) -> None:
-        """Closes the connection."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    async def _ask(self, *command: bytes) -> Any:
-        try:
-            if self._connection is None or self._connection.closed:
-                self._connection = await Connection.connect(self._address, "penstock-scheduler-events")
-            return await self._connection.command(*command)
-        except hiredis.ReplyError as error:
-            raise Unavailable(
-                f"Redis refuses to show the events of jobs: {error}", reason=Reason.DEPENDENCY_UNAVAILABLE
-            ) from error
+        await self._redis.ask(b"XDEL", JOB_EVENTS, *ids)
 
 
 def event_from_bytes(data: bytes) -> JobEvent | None:

@@ -61,6 +61,21 @@ class TakenIn:
     awaited: bool
 
 
+class JobQueue(Protocol):
+    """The way from whoever takes a call to the scheduler that leads."""
+
+    async def put(self, job_id: str) -> None:
+        """Says that a job is new or was changed, once that is committed. Never fails, and soon returns."""
+
+    async def take(self) -> Sequence[str]:
+        """The jobs that wait in the queue, oldest first; waits a while for the first, then none.
+
+        Raises:
+            Unavailable: Redis cannot be reached.
+            DeadlineExceeded: Redis does not answer.
+        """
+
+
 class JobEventStore(Protocol):
     """Events of jobs in the open transaction."""
 

@@ -15,7 +15,7 @@ from penstock_scheduler.domain.node import NodeState
 from penstock_scheduler.domain.planner.feasible import Rejection, Usage, check, closest
 from penstock_scheduler.domain.planner.gangs import need_of, room_for
 from penstock_scheduler.usecases.deployments import unknown_deployment
-from penstock_scheduler.usecases.job_ports import JobMark, JobRequest, JobView, ResultStore
+from penstock_scheduler.usecases.job_ports import JobMark, JobQueue, JobRequest, JobView, ResultStore
 from penstock_scheduler.usecases.latest import Latest
 from penstock_scheduler.usecases.ports import Registry, Wakeup, Work, Works
 
@@ -58,6 +58,7 @@ class Jobs:
         registry: asked what a job's datasets and versions mean.
         results: deletes what a job left behind.
         wakeup: told of every change.
+        queue: tells the scheduler that leads, if it is another.
         marks: what the loop last saw of jobs that have not ended.
     """
 
@@ -67,12 +68,14 @@ class Jobs:
         registry: Registry,
         results: ResultStore,
         wakeup: Wakeup,
+        queue: JobQueue,
         marks: Latest[JobMarks],
     ) -> None:
         self._works = works
         self._results = results
         self._registry = registry
         self._wakeup = wakeup
+        self._queue = queue
         self._marks = marks
 
     async def create(self, asked: AskedJob, request: JobRequest) -> JobView:
@@ -98,7 +101,7 @@ class Jobs:
                 await self._check_placeable(work, job)
                 await work.jobs.add(job, asked.kind, request)
                 await work.commit()
-        self._wakeup.wake()
+        await self._say_changed(job.id)
         return await self.get(earlier or job.id)
 
     async def get(self, job_id: str) -> JobView:
@@ -148,7 +151,7 @@ class Jobs:
                 await work.jobs.replace(cancelled)
                 await work.commit()
                 log.info("job %s: %s", job_id, why)
-        self._wakeup.wake()
+        await self._say_changed(job_id)
         return await self.get(job_id)
 
     async def delete(self, job_id: str) -> None:
@@ -173,7 +176,11 @@ class Jobs:
             if again.create_time == job.create_time:
                 await work.jobs.remove(again)
                 await work.commit()
+        await self._say_changed(job_id)
+
+    async def _say_changed(self, job_id: str) -> None:
         self._wakeup.wake()
+        await self._queue.put(job_id)
 
     async def _ended(self, work: Work, job_id: str) -> Job:
         job = await work.jobs.get(job_id, lock=True)
