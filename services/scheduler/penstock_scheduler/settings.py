@@ -18,7 +18,8 @@ class SchedulerSettings(ServiceSettings):
         "127.0.0.1:7102", description="host:port or unix:/path on which the scheduler listens"
     )
     redis_url: str = Field(
-        "redis://127.0.0.1:6379/0", description="Redis that agents send the events of jobs through"
+        "redis://127.0.0.1:6379/0",
+        description="Redis that jobs are queued in, and that agents send their events through",
     )
     join_token: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
