@@ -127,6 +127,8 @@ def together(context: JobContext) -> None:
             time.sleep(PAUSE_SECONDS)
     finally:
         dist.destroy_process_group()
+    if "publish" in labels and context.rank == 0:
+        wait_for(Path(labels["trace"] + ".go"), context, step)
     context.report({"counted": step, "world_size": context.world_size})
 
 

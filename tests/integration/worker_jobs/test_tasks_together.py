@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from penstock.scheduler.v1 import job_pb2
-from support.agent_world import World, kill, until
+from support.agent_world import World, alive, kill, until
 from support.artifact_caller import ArtifactCaller
 from support.job_specs import job, together
 
@@ -43,3 +43,20 @@ async def test_two_tasks_go_on_from_a_checkpoint_of_both_when_a_rank_of_one_is_k
         steps = [step for step, number, _, _ in together(trace) if number == rank]
         assert sorted(set(steps)) == list(range(1, 61))
         assert len(steps) - len(set(steps)) <= 2 * INTERVAL
+
+
+async def test_ranks_that_were_done_begin_again_when_the_first_is_killed_while_it_publishes(
+    world: World, run_agent, artifacts: ArtifactCaller, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    async with run_agent(torch=True):
+        names = await both(world, job("together", to=20, every=INTERVAL, trace=trace, publish=1))
+        await until(lambda: {rank for step, rank, *_ in together(trace) if step == 20} == {0, 1})
+        first, second = (
+            next(pid for _, rank, pid, _ in reversed(together(trace)) if rank == number) for number in (0, 1)
+        )
+        await until(lambda: not alive(second))
+        kill(first)
+        (tmp_path / "trace.go").touch()
+        await world.task_state(names[0], "SUCCEEDED")
+        await world.task_state(names[1], "SUCCEEDED")

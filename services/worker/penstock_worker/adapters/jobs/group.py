@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import DistStoreError, Store, TCPStore
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
@@ -43,20 +43,22 @@ from penstock_worker.domain.task import End, EndKind, worst
 log = logging.getLogger(__name__)
 
 ROLE = "ranks"
-JOIN_SECONDS = 300.0
+JOIN_SECONDS = 120.0
 """How long tasks wait for one another: the slowest fetches nothing before, but may start late."""
+CONNECT_SECONDS = 60.0
+"""How long a task tries to reach the store of task 0, which was there when it was told where."""
+AGREE_SECONDS = 15.0
+"""How long tasks that have met wait for a word of one of them: it comes at once, or its task is gone."""
 LAST_CALL_SECONDS = 10.0
 """How long fewer tasks than there were wait for the others before they go on without."""
 CLOSE_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2
 KEEP_ALIVE_TRIES = 3
 """So a node that is lost is known to be after 6 s."""
-EXIT_BARRIER_SECONDS = 30.0
 MONITOR_SECONDS = 0.05
 STOP_SECONDS = 30.0
 WITNESS_SECONDS = 15.0
 """Longer than the scheduler takes to give up a silent node."""
-STORE_SECONDS = 300.0
 READ_BYTES = 64 * 1024
 
 
@@ -73,7 +75,7 @@ class LauncherAgent(SimpleElasticAgent):
     def __init__(
         self, spec: WorkerSpec, config: LauncherConfig, connection: socket.socket, generation: int
     ) -> None:
-        super().__init__(spec, exit_barrier_timeout=EXIT_BARRIER_SECONDS)
+        super().__init__(spec)
         self.end: End | None = None
         self._config = config
         self._connection = connection
@@ -83,6 +85,22 @@ class LauncherAgent(SimpleElasticAgent):
         self._killed = False
         self._ranks_store: TCPStore | None = None
         self._master = ("", 0)
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        """Meet the others; anew if one of them went away before it had said who it is."""
+        while True:
+            try:
+                super()._rendezvous(worker_group)
+            except DistStoreError as error:
+                if self._remaining_restarts <= 0:
+                    raise
+                self._remaining_restarts -= 1
+                self._say(f"A task went away while all met, and they meet again: {error}")
+            else:
+                return
+
+    def _exit_barrier(self) -> None:
+        """Nobody waits here: see `_monitor_workers`."""
 
     def _assign_worker_ranks(
         self, store: Store, group_rank: int, group_world_size: int, spec: WorkerSpec
@@ -113,6 +131,7 @@ class LauncherAgent(SimpleElasticAgent):
         self._generation += 1
         self._ends = {}
         self._killed = False
+        self.end = None
         environments = [
             {
                 "RANK": str(worker.global_rank),
@@ -162,6 +181,10 @@ class LauncherAgent(SimpleElasticAgent):
         if len(ends) == self._config.ranks:
             if kinds == {EndKind.SUCCEEDED}:
                 self.end = End(EndKind.SUCCEEDED)
+                if self._config.index:
+                    # Task 0 has all there is to have, and may yet need these ranks again. When it has ended,
+                    # its store is gone.
+                    return RunResult(WorkerState.HEALTHY)
                 return RunResult(
                     WorkerState.SUCCEEDED,
                     return_values={worker.global_rank: None for worker in worker_group.workers},
@@ -229,7 +252,7 @@ def listen(host: str) -> TCPStore:
         port,
         is_master=True,
         wait_for_workers=False,
-        timeout=timedelta(seconds=STORE_SECONDS),
+        timeout=timedelta(seconds=AGREE_SECONDS),
         master_listen_fd=listener.detach(),
     )
 
@@ -259,6 +282,7 @@ def run_group(config: LauncherConfig, connection: socket.socket, generation: int
     # The ranks get a store of their own for each round, from here.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     end: End | None = None
+    agent: LauncherAgent | None = None
     try:
         if config.index == 0:
             store = listen(config.host)
@@ -266,7 +290,8 @@ def run_group(config: LauncherConfig, connection: socket.socket, generation: int
             connection.sendall(wire.pack({"op": "rendezvous", "address": address}))
         else:
             host, _, port = config.rendezvous.rpartition(":")
-            store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
+            store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=CONNECT_SECONDS))
+            store.set_timeout(timedelta(seconds=AGREE_SECONDS))
         spec = WorkerSpec(
             role=ROLE,
             local_world_size=config.ranks,
@@ -282,8 +307,9 @@ def run_group(config: LauncherConfig, connection: socket.socket, generation: int
         return 1
     except (RendezvousError, RuntimeError, OSError) as error:
         words = f"The tasks of the job do not find each other any more: {error}"
-        end = End(EndKind.FAILED, words[:1000], "PEERS_LOST")
-        if config.index:
+        end = agent.end if agent is not None else None
+        end = end or End(EndKind.FAILED, words[:1000], "PEERS_LOST")
+        if config.index and end.kind is not EndKind.SUCCEEDED:
             # What ended task 0 says more, and may cost the job none of its restarts, as a lost node does not.
             # The scheduler hears of it meanwhile and has this task stop.
             select.select([connection], [], [], WITNESS_SECONDS)
