@@ -50,6 +50,7 @@ from penstock_scheduler.usecases.job_events import EventIntake, JobEvents
 from penstock_scheduler.usecases.job_queue import JobQueueIntake
 from penstock_scheduler.usecases.job_results import JobResults
 from penstock_scheduler.usecases.jobs import Jobs
+from penstock_scheduler.usecases.measurements import MeasurementFollower
 from penstock_scheduler.usecases.nodes import Nodes
 from penstock_scheduler.usecases.projects import Projects
 from penstock_scheduler.usecases.reconcile import Reconciler
@@ -61,6 +62,8 @@ log = logging.getLogger(__name__)
 
 SERVICE = "scheduler"
 RETRY_SECONDS = 1.0
+# Aliases are followed at once; what was measured of a version may be so many times later.
+RARER = 10
 
 
 class Scheduler:
@@ -129,6 +132,13 @@ class Scheduler:
             self._wake,
             lambda: self._reconciler.leading,
             settings.alias_poll_seconds,
+        )
+        self._measurements = MeasurementFollower(
+            works,
+            registry,
+            self._wake,
+            lambda: self._reconciler.leading,
+            RARER * settings.alias_poll_seconds,
         )
         self._server = RpcServer(settings.scheduler_listen, max_message_bytes=settings.max_message_bytes)
         inspect = Inspect(works, self._hub.silence)
@@ -202,6 +212,7 @@ class Scheduler:
         self._tasks.run_forever("lead", self._leadership.beat)
         self._tasks.run_forever("listen", self._reconciler.listen)
         self._tasks.run_forever("aliases", self._aliases.run)
+        self._tasks.run_forever("measurements", self._measurements.run)
         self._tasks.run_forever("queue of jobs", self._queue.run)
         self._tasks.run_forever("events of jobs", self._intake.run)
         self._tasks.run_forever("results of jobs", self._results.run)

@@ -56,6 +56,15 @@ def test_a_new_profile_restarts_nothing() -> None:
     assert not desired().same_process(dataclasses.replace(desired(), digest="sha256:other"))
 
 
+def test_metrics_that_are_recorded_later_restart_nothing() -> None:
+    spec = replica_pb2.ReplicaSpec(
+        name="replicas/r1", deployment="deployments/d", version="models/m/versions/1", devices=["cpu"]
+    )
+    spec.manifest.metrics["accuracy"] = 0.97
+    (evaluated,) = scheduler_client._all_desired([spec])
+    assert desired().same_process(evaluated)
+
+
 def test_the_curve_crosses_to_the_process() -> None:
     config = ReplicaConfig(
         replica="r1",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from sqlalchemy import delete, exists, insert, select, tuple_, update
+from sqlalchemy import delete, exists, insert, or_, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -60,7 +60,7 @@ class SqlCluster:
 
     Args:
         session: the open session.
-        versions: a cache of versions, which never change; shared by all sessions of the process.
+        versions: a cache of versions by their revision; shared by all sessions of the process.
     """
 
     def __init__(self, session: AsyncSession, versions: dict[VersionKey, Version]) -> None:
@@ -106,20 +106,27 @@ class SqlCluster:
 
     async def load_versions(self, keys: set[VersionKey]) -> Mapping[VersionKey, Version]:
         """See `ClusterStore.load_versions`."""
+        # What was measured of a version changes, unlike all else of it.
+        changing = select(
+            VersionRow.model, VersionRow.number, VersionRow.measured_memory_bytes, VersionRow.revision
+        ).where(or_(VersionRow.measured_memory_bytes.is_not(None), VersionRow.revision > 0))
+        measured: dict[VersionKey, int] = {}
+        for model, number, count, revision in await self._session.execute(changing):
+            key = VersionKey(model, number)
+            measured[key] = count or 0
+            known = self._versions.get(key)
+            if known is not None and known.revision != revision:
+                del self._versions[key]
         missing = sorted(key for key in keys if key not in self._versions)
         if missing:
             query = select(VersionRow).where(tuple_(VersionRow.model, VersionRow.number).in_(missing))
             for row in await self._session.scalars(query):
-                version = version_from_document(row.document)
+                version = replace(version_from_document(row.document), revision=row.revision)
                 self._versions[version.key] = version
-        # What was measured of a version changes, unlike all else of it.
-        seen = select(VersionRow.model, VersionRow.number, VersionRow.measured_memory_bytes).where(
-            VersionRow.measured_memory_bytes.is_not(None)
-        )
-        for model, number, count in await self._session.execute(seen):
-            known = self._versions.get(VersionKey(model, number))
+        for key, count in measured.items():
+            known = self._versions.get(key)
             if known is not None and count and known.measured_memory_bytes != count:
-                self._versions[known.key] = replace(known, measured_memory_bytes=count)
+                self._versions[key] = replace(known, measured_memory_bytes=count)
         return {key: self._versions[key] for key in keys}
 
     async def apply(self, plan: Plan, epoch: int) -> None:

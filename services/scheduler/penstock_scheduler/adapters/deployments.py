@@ -159,7 +159,14 @@ class SqlDeployments:
                 {"model": v.key.model, "number": v.key.number, "document": v.document}
                 for v in sorted(versions, key=lambda v: v.key)
             ]
-            await self._session.execute(upsert(VersionRow).values(values).on_conflict_do_nothing())
+            given = upsert(VersionRow).values(values)
+            await self._session.execute(
+                given.on_conflict_do_update(
+                    index_elements=[VersionRow.model, VersionRow.number],
+                    set_={"document": given.excluded.document, "revision": VersionRow.revision + 1},
+                    where=VersionRow.document != given.excluded.document,
+                )
+            )
 
     async def _ready(self, uids: Iterable[int]) -> Mapping[int, Mapping[VersionKey, int]]:
         query = (

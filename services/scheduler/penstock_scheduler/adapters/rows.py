@@ -37,13 +37,14 @@ class LeaderRow(Base):
 
 
 class VersionRow(Base):
-    """The registry's message about a version, as it was when first asked for."""
+    """The registry's message about a version; `revision` counts how often it was found changed."""
 
     __tablename__ = "versions"
     model: Mapped[Key]
     number: Mapped[int] = mapped_column(Integer, primary_key=True)
     document: Mapped[bytes] = mapped_column(LargeBinary)
     measured_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    revision: Mapped[int] = mapped_column(Integer, server_default="0")
 
 
 class AliasesRow(Base):

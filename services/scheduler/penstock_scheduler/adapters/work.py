@@ -84,7 +84,7 @@ class SqlWork(UnitOfWork):
 
 
 class SqlWorks:
-    """Opens transactions on an engine; versions, which never change, are remembered between them."""
+    """Opens transactions on an engine; versions are remembered between them."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine

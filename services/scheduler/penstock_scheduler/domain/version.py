@@ -40,6 +40,7 @@ class Version:
         profiles: requests of one row a second that one replica did in a profile, by the maker's name of the
             device.
         document: the registry's message, serialized; opaque to the domain.
+        revision: how often metrics or profiles were found changed since it was first known.
     """
 
     key: VersionKey
@@ -54,3 +55,4 @@ class Version:
     measured_memory_bytes: int = 0
     profiles: tuple[tuple[str, float], ...] = ()
     document: bytes = field(default=b"", repr=False)
+    revision: int = 0

@@ -258,7 +258,8 @@ class AttachHub:
             replicas = tuple(sorted(desired, key=lambda d: d.replica.id))
             tasks = tuple(tasks_per_node[name])
             known = self._wanted.get(name)
-            # A replica's spec never changes but for draining; its state is the agent's own news.
+            # A replica's spec never changes but for draining and what was measured of its version; its
+            # state is the agent's own news.
             if known is not None and _gist(known.replicas) == _gist(replicas):
                 before, now = _task_gist(known.tasks), _task_gist(tasks)
                 if before == now and (_stored(known.tasks) == _stored(tasks) or not self._due(name)):
@@ -305,8 +306,8 @@ class AttachHub:
                 heard.session.end(why)
 
 
-def _gist(desired: tuple[Desired, ...]) -> tuple[tuple[str, bool], ...]:
-    return tuple((d.replica.id, d.draining) for d in desired)
+def _gist(desired: tuple[Desired, ...]) -> tuple[tuple[str, bool, int], ...]:
+    return tuple((d.replica.id, d.draining, d.version.revision) for d in desired)
 
 
 def _task_gist(desired: tuple[DesiredTask, ...]) -> tuple[tuple[object, ...], ...]:

@@ -159,7 +159,7 @@ class DeploymentStore(Protocol):
         """Remembers what a request id made."""
 
     async def keep_versions(self, versions: Collection[Version]) -> None:
-        """Stores copies of versions; known ones stay as they are."""
+        """Stores copies of versions in place of older ones."""
 
 
 class ClusterStore(Protocol):

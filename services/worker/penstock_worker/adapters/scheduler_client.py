@@ -141,6 +141,8 @@ def _all_desired(specs: Iterable[replica_pb2.ReplicaSpec]) -> list[DesiredReplic
 
 def _desired(spec: replica_pb2.ReplicaSpec) -> DesiredReplica:
     model, version = parse_version(spec.version)
+    # They may be recorded at any time, and are nothing that a replica goes by.
+    spec.manifest.metrics.clear()
     return DesiredReplica(
         replica=parse_replica(spec.name),
         deployment=parse_deployment(spec.deployment),

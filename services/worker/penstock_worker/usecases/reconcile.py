@@ -57,6 +57,8 @@ class Reconciler:
                     return
             elif desired.draining:
                 keeper.end(handed_over=desired.handed_over)
+            else:
+                keeper.desired = desired  # What its next process begins with may be known better by now.
         now = time.monotonic()
         for name, keeper in list(self._keepers.items()):
             if name not in self._wanted:
