@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -159,3 +160,15 @@ def test_without_redis_health_says_so_and_what_was_accepted_is_answered_when_it_
         assert answers == [2.0] * 4
         wait(lambda: ready(mesh) == 200, "the gateway is ready again")
         assert added(client) == 2.0
+
+
+def test_without_redis_and_database_it_stops_within_seconds(
+    mesh: Mesh, postgres: EmbeddedPostgres, redis: EmbeddedRedis
+) -> None:
+    with penstock.Client(mesh.address) as client:
+        assert added(client) == 2.0  # its replica may not know yet that the answer has arrived
+    redis.stop()
+    postgres.stop()
+    began = time.monotonic()
+    mesh.stop()
+    assert time.monotonic() - began < 20, "no part of it waited until its time was over"

@@ -392,6 +392,9 @@ class MemoryReader:
         """How many requests the queue holds, those being computed included."""
         return self._broker.depth(self._queue)
 
+    def hurry(self) -> None:
+        """Nothing to do: this queue is never away."""
+
     def leave(self) -> None:
         """Give back what was read but not finished, and sign off."""
         if not self._left:

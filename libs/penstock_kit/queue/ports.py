@@ -15,6 +15,9 @@ from penstock_kit.queue.messages import Buffer, Reply, Request
 Done = tuple[Request, ReplyHeader | None, Buffer]
 """A request, the header of its answer (None if it went well and there is nothing to add), and its payload."""
 
+AWAY_SECONDS = 3.0
+"""How long a process that is to end waits for a Redis that is away: most restarts of Redis are shorter."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
@@ -142,10 +145,11 @@ class Reader(Protocol):
         """Answer requests and take them off the queue, in one step.
 
         ``ReplyHeader.id`` is filled in. While Redis is away this waits for it, at most until the last of
-        the requests is past its deadline.
+        the requests is past its deadline, or as ``hurry`` says.
 
         Raises:
-            Unavailable: nobody waits for any of these any more. There is nothing left to do for them.
+            Unavailable: nobody waits for any of these any more, or not for this replica. There is nothing
+                left to do for them here.
         """
         ...
 
@@ -160,7 +164,7 @@ class Reader(Protocol):
         away or the request was given to another replica: stop computing and call ``finish`` all the same.
 
         Raises:
-            Unavailable: Redis was away for longer than the deadline of the request.
+            Unavailable: Redis was away for longer than the deadline of the request, or than ``hurry`` says.
         """
         ...
 
@@ -197,6 +201,14 @@ class Reader(Protocol):
 
         Raises:
             Unavailable: Redis is away.
+        """
+        ...
+
+    def hurry(self) -> None:
+        """Say that this process is to end: answers wait ``AWAY_SECONDS`` at most for a Redis that is away.
+
+        What cannot be answered by then is given to another replica, or sent again by its gateway. May be
+        called from a signal handler.
         """
         ...
 

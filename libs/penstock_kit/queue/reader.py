@@ -16,7 +16,7 @@ from penstock_kit.queue.address import Address
 from penstock_kit.queue.answers import Key, acknowledge, encode_answers, log_refusals, refused
 from penstock_kit.queue.blocking import COMMAND_SECONDS, RETRY_SECONDS, BlockingConnection
 from penstock_kit.queue.messages import REPLIES_SECONDS, Buffer, Request, frame, part_header
-from penstock_kit.queue.ports import Done, Reclaimed
+from penstock_kit.queue.ports import AWAY_SECONDS, Done, Reclaimed
 from penstock_kit.queue.reclaim import Mode, drive_blocking, lost_consumers, reclaim_blocking
 from penstock_kit.queue.resp import Argument, Command, ConnectionLost, encode
 from penstock_kit.queue.shares import Shares
@@ -65,6 +65,7 @@ class QueueReader:
         self._control = BlockingConnection(address, name + ":control")
         self._lock = threading.Lock()
         self._left = threading.Event()
+        self._hurried = False
         self._away = False
         self._generation = 0
         self._touched = 0.0
@@ -238,6 +239,11 @@ class QueueReader:
         """How many requests the queue holds, those being computed included."""
         lengths = self._control.execute([("XLEN", stream) for stream in self._streams])
         return sum(length for length in lengths if isinstance(length, int))
+
+    def hurry(self) -> None:
+        """Say that this process is to end: from now on answers do not wait long for Redis."""
+        # No lock: a signal handler may interrupt a thread that holds it.
+        self._hurried = True
 
     def leave(self) -> None:
         """Give back what was read but not finished, and sign off."""
@@ -413,7 +419,13 @@ class QueueReader:
             carried_out = self._deliver(parts, replies, last)[-1]
         except ConnectionLost:
             with self._lock:
-                self._stale += [(request.stream, request.entry_id) for request, _, _ in done]
+                # In a hurry some may still be waited for: those are given back.
+                now = time.time() * 1e6
+                self._stale += [
+                    (request.stream, request.entry_id)
+                    for request, _, _ in done
+                    if request.header.deadline_unix_micros <= now
+                ]
             raise
         else:
             log_refusals(carried_out)
@@ -429,6 +441,7 @@ class QueueReader:
 
     def _deliver(self, parts: Sequence[Buffer], replies: int, until: float) -> list[Any]:
         """Send a pipeline, again and again until Redis takes it or ``until`` (Unix time) has passed."""
+        began = time.monotonic()
         while True:
             try:
                 found = self._writing.send(parts, replies)
@@ -436,6 +449,8 @@ class QueueReader:
                     raise ConnectionLost(self._address, refusal)
                 return found
             except ConnectionLost:
+                if self._hurried and time.monotonic() - began >= AWAY_SECONDS:
+                    raise
                 if time.time() >= until or self._left.wait(RETRY_SECONDS):
                     raise
 

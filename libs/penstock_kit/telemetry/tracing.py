@@ -6,6 +6,7 @@ Spans are made even without a collector, so that every error and log line has a 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Literal, Self
@@ -14,7 +15,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -26,7 +27,9 @@ _KINDS = {
     "consumer": SpanKind.CONSUMER,
 }
 _propagator = TraceContextTextMapPropagator()
-_state: dict[str, TracerProvider] = {}
+_state: dict[str, tuple[TracerProvider, SpanExporter | None]] = {}
+# How long the end of a process waits for a collector that does not answer.
+FAREWELL_SECONDS = 2.0
 
 
 def configure_tracing(service: str, otlp_endpoint: str = "") -> None:
@@ -39,21 +42,28 @@ def configure_tracing(service: str, otlp_endpoint: str = "") -> None:
     if service in _state:
         return
     provider = TracerProvider(resource=Resource.create({"service.name": service}))
+    exporter: SpanExporter | None = None
     if otlp_endpoint:
         # Imported here: it costs 100 ms and few need it.
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-        provider.add_span_processor(
-            BatchSpanProcessor(OTLPSpanExporter(endpoint=otlp_endpoint, insecure=True))
-        )
-    _state[service] = provider
+        exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=True)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+    _state[service] = provider, exporter
     trace.set_tracer_provider(provider)
 
 
 def shutdown_tracing() -> None:
-    """Send what is left."""
-    for provider in _state.values():
+    """Send what is left, in `FAREWELL_SECONDS` at most: a collector that is away is not waited for."""
+    for provider, exporter in _state.values():
+        # The exporter's own end interrupts its retries, which would take 10 s for each batch.
+        limit = None if exporter is None else threading.Timer(FAREWELL_SECONDS, exporter.shutdown)
+        if limit is not None:
+            limit.daemon = True
+            limit.start()
         provider.shutdown()
+        if limit is not None:
+            limit.cancel()
     _state.clear()
 
 

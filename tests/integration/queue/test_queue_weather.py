@@ -14,6 +14,7 @@ import redis
 from penstock.queue.v1.envelope_pb2 import ReplyHeader, RequestHeader
 from penstock_kit.errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, Unavailable
 from penstock_kit.queue import keys
+from penstock_kit.queue import reader as queue_reader
 from penstock_kit.queue.messages import Request
 from penstock_kit.queue.ports import Reclaimed
 from penstock_kit.queue.reader import QueueReader
@@ -294,6 +295,27 @@ async def test_an_answer_nobody_waits_for_any_more_is_given_up_and_acknowledged_
     assert client.xlen(keys.stream(QUEUE, 1)) == 0
     client.close()
     await asyncio.to_thread(reader.leave)
+
+
+async def test_an_answer_of_a_replica_that_is_to_end_waits_not_long_and_is_given_by_another(
+    wire, redis_url, monkeypatch
+):
+    monkeypatch.setattr(queue_reader, "AWAY_SECONDS", 0.2)
+    reader = QueueReader(wire.url, QUEUE, "replica-1.1")
+    async with sending(redis_url) as sender:
+        future = sender.submit(QUEUE, header(600), b"waits still")
+        request = (await asyncio.to_thread(reader.read, 1, 5000))[0]
+        wire.down()
+        finishing = asyncio.create_task(asyncio.to_thread(reader.finish, [(request, ReplyHeader(), b"")]))
+        await asyncio.wait([finishing], timeout=0.3)
+        assert not finishing.done()
+        reader.hurry()
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(finishing, 10)
+        wire.up()
+        await asyncio.to_thread(reader.leave)
+        with echo(redis_url, "replica-2.1"):
+            assert (await asyncio.wait_for(future, 20)).payload == b"waits still"
 
 
 async def test_a_replica_that_cannot_sign_off_still_leaves(wire):

@@ -58,7 +58,7 @@ class Answering:
         try:
             self._reader.finish(done)
         except Unavailable as error:
-            _too_late(done, error)
+            _unsent(done, error)
         self._record(outcomes, calls, output_ns)
 
     def answer_and_read(
@@ -73,7 +73,7 @@ class Answering:
         try:
             return self._reader.exchange(done, max_entries, block_ms)
         except Unavailable as error:
-            _too_late(done, error)
+            _unsent(done, error)
             return []
 
     def _replies(self, outcomes: Sequence[Outcome]) -> tuple[list[Done], int]:
@@ -135,9 +135,9 @@ def _describe(error: PenstockError) -> ReplyHeader:
     )
 
 
-def _too_late(done: Sequence[Done], error: Unavailable) -> None:
+def _unsent(done: Sequence[Done], error: Unavailable) -> None:
     log.warning(
-        "answers came too late: the queue was away past their deadlines",
+        "answers could not be sent: the queue was away too long",
         extra={"requests": len(done), "error": str(error)},
     )
 

@@ -21,7 +21,7 @@ from penstock_kit.errors import Internal, PenstockError, Unavailable
 from penstock_kit.oip import Signature
 from penstock_kit.queue.keys import PRIORITIES, stream
 from penstock_kit.queue.messages import Request
-from penstock_kit.queue.ports import Reader
+from penstock_kit.queue.ports import AWAY_SECONDS, Reader
 from penstock_worker.domain.runtime import Batch, Call, ConcurrentServable
 from penstock_worker.hotpath import execution
 from penstock_worker.hotpath.answering import Answering
@@ -101,6 +101,7 @@ class ConcurrentServing:
         """
         self._handed_over = self._handed_over or handed_over
         self._stopped_at = min(self._stopped_at, time.monotonic())
+        self._reader.hurry()
 
     def run(self) -> None:
         """Serve until stopped.
@@ -199,6 +200,8 @@ class ConcurrentServing:
             with contextlib.suppress(Unavailable):
                 self._reader.mark_running(request)
                 break
+            if time.monotonic() >= self._stopped_at + AWAY_SECONDS:
+                return  # to whoever reads it next
             time.sleep(_RETRY_SECONDS)
         work = self._answering.decode(request)
         if isinstance(work, Outcome):

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from penstock_kit.errors import Unavailable
 from penstock_kit.queue.messages import Request
-from penstock_kit.queue.ports import Reader
+from penstock_kit.queue.ports import AWAY_SECONDS, Reader
 from penstock_worker.domain.batching import BatchQueue
 from penstock_worker.domain.curve import LatencyCurve
 from penstock_worker.domain.pacing import Pacer, Policy
@@ -109,6 +109,7 @@ class Serving:
         """
         self._handed_over = self._handed_over or handed_over
         self._stopped_at = min(self._stopped_at, time.monotonic())
+        self._reader.hurry()
 
     def run(self) -> None:
         """Serve until stopped.
@@ -327,6 +328,8 @@ class Serving:
             try:
                 self._reader.mark_running(request)
             except Unavailable:
+                if time.monotonic() >= self._stopped_at + AWAY_SECONDS:
+                    return  # to whoever reads it next
                 time.sleep(_RETRY_SECONDS)
             else:
                 break
