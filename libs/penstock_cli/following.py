@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from rich.console import RenderableType
 from rich.live import Live
 
 from penstock import Client
@@ -62,10 +63,12 @@ def follow(client: Client, name: str, *, timeout: float = WATCH_SECONDS, quiet: 
         quiet: Show nothing.
     """
     try:
+        # A wrong address is said at once; who began to watch waits for a mesh that restarts.
+        job = client.get_job(name)
         if quiet:
             return client.watch_job(name, timeout=timeout)
         if sys.stdout.isatty():
-            return _live(client, name, timeout)
+            return _live(client, job, timeout)
         return _lines(client, name, timeout)
     except KeyboardInterrupt:
         brief = short(name)
@@ -87,27 +90,31 @@ def raise_if_not_succeeded(job: job_pb2.Job) -> None:
         )
 
 
-def _live(client: Client, name: str, timeout: float) -> job_pb2.Job:
-    account = Account()
-    with Live(console=console(), refresh_per_second=4) as live:
-        latest = [client.get_job(name)]
+def _live(client: Client, latest: job_pb2.Job, timeout: float) -> job_pb2.Job:
+    name, account = latest.name, Account()
+    # Events come in one thread, states in another, and a third draws.
+    lock = threading.Lock()
 
-        def draw() -> None:
-            live.update(job_view(latest[0], account))
+    def draw() -> RenderableType:
+        with lock:
+            return job_view(latest, account)
 
-        def hear(event: job_pb2.JobEvent) -> None:
+    def hear(event: job_pb2.JobEvent) -> None:
+        with lock:
             account.hear(event)
-            draw()
 
-        def see(job: job_pb2.Job) -> None:
-            latest[0] = job
-            draw()
+    def see(job: job_pb2.Job) -> None:
+        nonlocal latest
+        with lock:
+            latest = job
 
-        # Events are a courtesy: without them the job is still watched.
-        def listen() -> None:
-            with suppress(PenstockError):
-                client.watch_job_events(name, hear, kinds=_KINDS, timeout=timeout)
+    # Events are a courtesy: without them the job is still watched.
+    def listen() -> None:
+        with suppress(PenstockError):
+            client.watch_job_events(name, hear, kinds=_KINDS, timeout=timeout)
 
+    # Drawn a few times a second, however many events come: a long job has thousands of them at once.
+    with Live(get_renderable=draw, console=console(), refresh_per_second=4):
         listener = threading.Thread(target=listen, daemon=True)
         listener.start()
         ended = client.watch_job(name, timeout=timeout, on_change=see)

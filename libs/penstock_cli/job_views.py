@@ -91,7 +91,7 @@ def show_job(job: job_pb2.Job) -> None:
         )
     )
     say("")
-    print_facts(_flat(MessageToDict(getattr(job, job_kind(job))) if job.WhichOneof("work") else {}))
+    print_facts(_flat(_work(job)))
     if job.tasks:
         say("")
         print_table(
@@ -175,7 +175,7 @@ def job_view(job: job_pb2.Job, account: Account) -> RenderableType:
         parts.append(bar)
     if job.metrics:
         parts.append(Text(pairs(job.metrics), style="bold"))
-    drawn = curve(account.curves)
+    drawn = curve(account.curves, width=console().width)
     if drawn:
         parts.append(Text.from_ansi(drawn))
     parts += [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in account.lines]
@@ -186,17 +186,20 @@ def job_view(job: job_pb2.Job, account: Account) -> RenderableType:
 
 def print_curves(curves: Mapping[str, Sequence[tuple[int, float]]], *, colour: bool) -> None:
     """Print the curves of a job's losses, or of all its metrics where it has none."""
-    drawn = curve(curves, everything=True)
+    drawn = curve(curves, everything=True, width=console().width)
     if drawn:
         console().print(Text.from_ansi(drawn) if colour else Text.from_ansi(drawn).plain)
 
 
-def curve(curves: Mapping[str, Sequence[tuple[int, float]]], *, everything: bool = False) -> str:
+def curve(
+    curves: Mapping[str, Sequence[tuple[int, float]]], *, everything: bool = False, width: int = _PLOT_WIDTH
+) -> str:
     """Return the losses over the steps as a plot of characters; nothing if there are too few points.
 
     Args:
         curves: (step, value) by metric.
         everything: Draw other metrics where there is no loss.
+        width: Characters that there are in a line.
     """
     chosen = [name for name in _CURVES if name in curves]
     if not chosen and everything:
@@ -207,7 +210,7 @@ def curve(curves: Mapping[str, Sequence[tuple[int, float]]], *, everything: bool
         return ""
     plotext.clear_figure()
     plotext.theme("clear")
-    plotext.plotsize(_PLOT_WIDTH, _PLOT_HEIGHT)
+    plotext.plotsize(min(_PLOT_WIDTH, width), _PLOT_HEIGHT)
     for (name, points), colour in zip(series.items(), ("cyan", "magenta", "green", "yellow"), strict=False):
         plotext.plot(
             [p[0] for p in points], [p[1] for p in points], label=name, color=colour, marker="braille"
@@ -236,6 +239,12 @@ def result_text(name: str) -> str:
     """Return a result as people point at it: digits:3."""
     parts = name.split("/")
     return f"{parts[1]}:{parts[3]}" if len(parts) == 4 else name
+
+
+def _work(job: job_pb2.Job) -> Mapping[str, object]:
+    """Return what was asked for, with the names that reports and files of jobs use, too."""
+    kind = job.WhichOneof("work")
+    return MessageToDict(getattr(job, kind), preserving_proto_field_name=True) if kind else {}
 
 
 def _attempt(job: job_pb2.Job) -> str:

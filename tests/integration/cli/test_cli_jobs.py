@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 from google.protobuf import empty_pb2
 from rich.console import Console
+from rich.text import Text
 
 from penstock.errors import NotFound
 from penstock.scheduler.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc
+from penstock_cli import session
 from penstock_cli.__main__ import main
-from penstock_cli.job_views import Account, job_view
+from penstock_cli.job_views import Account, curve, job_view
 from penstock_kit.jobs import compress, training
 from support.fake_mesh import FakeMesh
 
@@ -272,6 +275,39 @@ def test_who_watches_sees_progress_a_curve_and_the_log(mesh: JobMesh) -> None:
         console.print(job_view(job, account))
     for part in ("RUNNING", "30 %", "epoch 3 of 10", "1.5 min left", "train/loss", "epoch 2 is done"):
         assert part in seen.get()
+
+
+def test_a_curve_fits_into_a_narrow_terminal(mesh: JobMesh) -> None:
+    account = Account()
+    for event in mesh.events:
+        account.hear(event)
+    lines = curve(account.curves, width=40).splitlines()
+    assert max(len(Text.from_ansi(line).plain) for line in lines) <= 40
+
+
+def test_who_watches_at_a_wrong_address_is_told_at_once(
+    mesh: JobMesh, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_RETRY_SECONDS", 0.1)
+    monkeypatch.setenv("PENSTOCK_ENDPOINT", "127.0.0.1:1")
+    code, _, err = run(capsys, "jobs", "watch", "mine", "--json")
+    assert code == 4
+    assert "127.0.0.1:1" in err
+
+
+def test_a_terminal_is_drawn_from_events_and_states_that_come_in_two_threads(
+    mesh: JobMesh, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    mesh.events = [
+        job_pb2.JobEvent(sequence=n, metrics=job_pb2.MetricPoint(step=n, values={"train/loss": 2.0 / n}))
+        for n in range(1, 5001)
+    ]
+    mesh.job = job_pb2.Job(name="jobs/mine", train={"dataset": "digits"})
+    code, out, _ = run(capsys, "jobs", "watch", "mine")
+    assert code == 0
+    for part in ("mine", "SUCCEEDED", "train/loss", "digits:1"):
+        assert part in out
 
 
 def test_what_recipes_are_made_of_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
