@@ -77,3 +77,24 @@ def test_a_disk_without_room_for_another_one_is_said_before_it_is_full(
         store.begin(2, 0)
     assert caught.value.cause == "OUT_OF_DISK"
     assert store.last() == (1, tmp_path / "1")
+
+
+def test_what_is_held_twice_is_let_go_twice(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 1)
+    store.hold(1)
+    store.hold(1)
+    store.release(1)
+    for step in (2, 3, 4):
+        write(store, step)
+    assert (tmp_path / "1").exists()
+
+
+def test_those_after_a_step_that_is_gone_back_to_are_removed(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 1)
+    write(store, 2)
+    store.forget_after(1)
+    assert store.last() == (1, tmp_path / "1")
+    store.forget_after(-1)
+    assert store.last() is None

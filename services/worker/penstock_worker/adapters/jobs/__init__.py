@@ -10,6 +10,8 @@ launcher     one process with one thread: forks ranks, reads their output, watch
              leaves nothing behind; `group` is the process beside it that finds the other ranks
 rank         what runs in a rank; `context` is what the work there is given
 services     what the desk does for a task: fetching, checkpoints, publishing, events
+rooms        what outlives a task: `checkpoints` on the disk, `uploads` of them
+agreement    how ranks of several nodes choose a checkpoint and send one another its parts
 spool        events of a task in a file until they are stored; `events` sends them
 script       programs of users, with `penstock.training`
 """

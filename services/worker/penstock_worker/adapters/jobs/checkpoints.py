@@ -2,7 +2,7 @@
 
     <directory>/<step>.partial/   being written, by all ranks of this node
     <directory>/<step>/           complete; it appears in one step, after its files were forced to the disk
-    <directory>/restored/<step>/  gathered from the registry
+    <directory>/restored/<step>/  gathered from other nodes and the registry
 
 What must always hold: `last` names a directory that is complete, however the processes and the machine died.
 """
@@ -13,6 +13,7 @@ import contextlib
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from penstock_worker.usecases.job_context import JobFailure
 KEPT = 2
 """The last one, and the one before while that is sent or read."""
 PARTIAL = ".partial"
+PART_FILE = "penstock-part.json"
+"""Beside the files of a checkpoint: which part of how many it is. It makes that no part is empty."""
 ROOM = 1.05
 """A checkpoint may be so many times as large as the one before without being refused beforehand."""
 
@@ -38,7 +41,7 @@ class CheckpointStore:
         self.directory = directory
         self._begun: dict[int, Hashable] = {}
         self._committed: dict[int, set[int]] = {}
-        self._in_use: set[int] = set()
+        self._in_use: Counter[int] = Counter()
         # Ranks come at the same time, each in a thread.
         self._lock = threading.Lock()
 
@@ -94,12 +97,19 @@ class CheckpointStore:
         return (steps[-1], self.directory / str(steps[-1])) if steps else None
 
     def hold(self, step: int) -> None:
-        """Keep a checkpoint although there are newer ones, until `release`."""
-        self._in_use.add(step)
+        """Keep a checkpoint although there are newer ones, until as many calls of `release`."""
+        self._in_use[step] += 1
 
     def release(self, step: int) -> None:
         """Let it go when there are newer ones."""
-        self._in_use.discard(step)
+        self._in_use[step] -= 1
+
+    def forget_after(self, step: int) -> None:
+        """Remove those of later steps: the ranks go on from before them."""
+        with self._lock:
+            for newer in self._steps():
+                if newer > step:
+                    shutil.rmtree(self.directory / str(newer), ignore_errors=True)
 
     def restored(self, step: int) -> Path:
         """Return where one that is gathered from the registry belongs."""
@@ -126,7 +136,7 @@ class CheckpointStore:
     def _clean(self) -> None:
         """Remove what is older than the last ones, and what was begun and given up."""
         for old in self._steps()[:-KEPT]:
-            if old not in self._in_use:
+            if self._in_use[old] <= 0:
                 shutil.rmtree(self.directory / str(old), ignore_errors=True)
         if self.directory.is_dir():
             for path in self.directory.glob(f"*{PARTIAL}"):
@@ -158,3 +168,22 @@ def _force(path: Path) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def join(source: Path, target: Path, *, link: bool = False) -> None:
+    """Put the files of a part beside those of others; by links to them where that is safe. Blocking."""
+    for path in files_of(source):
+        name = target / path
+        name.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            if link:
+                os.link(source / path, name)
+                continue
+        shutil.copyfile(source / path, name)
+
+
+def files_of(part: Path) -> list[str]:
+    """Return the files of a part, without what says which part it is. Blocking."""
+    return sorted(
+        str(path.relative_to(part)) for path in part.rglob("*") if path.is_file() and path.name != PART_FILE
+    )

@@ -8,6 +8,9 @@ import json
 
 from penstock.scheduler.v1 import job_pb2
 
+ROUND_VARIABLE = "PENSTOCK_ROUND"
+"""Environment of ranks: tells one meeting of ranks from all others."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LauncherConfig:

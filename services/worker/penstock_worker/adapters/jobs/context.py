@@ -9,7 +9,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,16 @@ from google.protobuf.json_format import ParseDict
 from penstock.registry.v1 import artifact_pb2, manifest_pb2, version_pb2
 from penstock.scheduler.v1 import job_pb2
 from penstock_kit.errors import InvalidArgument
-from penstock_worker.adapters.jobs.config import LauncherConfig
+from penstock_worker.adapters.jobs.agreement import Agreement
+from penstock_worker.adapters.jobs.config import ROUND_VARIABLE, LauncherConfig
 from penstock_worker.adapters.jobs.line import Line
 from penstock_worker.domain.runtime import Mesh
-from penstock_worker.usecases.job_context import FetchedDataset, FetchedVersion, JobFailure
+from penstock_worker.usecases.job_context import FetchedDataset, FetchedVersion
 
 CHECKPOINT_SECONDS = 30.0
 PROGRESS_SECONDS = 0.25
 MAX_REPORT_BYTES = 1024 * 1024
 MAX_LINE_CHARACTERS = 4_000
-AGREE_SECONDS = 300.0
-"""How long ranks wait for one another before they begin: each node first sends what it has."""
 
 
 class RankContext:
@@ -174,14 +172,19 @@ class RankContext:
 
     def commit_checkpoint(self, step: int) -> None:
         """See `JobContext`."""
-        self.line.call("commit_checkpoint", step=int(step), world_size=self._world_size)
+        done = self.line.call("commit_checkpoint", step=int(step), round=os.environ.get(ROUND_VARIABLE, ""))
+        if self.config.tasks > 1 and done["complete"]:
+            tasks = int(os.environ["GROUP_WORLD_SIZE"])
+            # Whoever is last says that all have their part.
+            if self._shared().add(f"checkpoint/{int(step)}", 1) % tasks == 0:
+                self.line.note("checkpoint", step=int(step))
         self._checkpoint_at = time.monotonic()
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
         """See `JobContext`."""
         if self.config.tasks > 1:
             return self._common_checkpoint()
-        return _found(self.line.call("last_checkpoint", step=-1))
+        return _found(self.line.call("last_checkpoint"))
 
     def publish_version(
         self,
@@ -260,37 +263,15 @@ class RankContext:
         if self._rank:
             raise InvalidArgument(f"Only rank 0 calls {what}; this is rank {self._rank}.")
 
-    # Several nodes: the ranks agree through torch's store.
-
     def _common_checkpoint(self) -> tuple[int, Path] | None:
-        """Take the checkpoint that rank 0 finds in the registry: all nodes go on from the same.
-
-        The first call of a rank is one of all ranks; what comes later only looks.
-        """
+        """Return what the ranks of all nodes go on from; what comes after the first call only looks."""
         if self._agreed:
-            return _found(self.line.call("last_checkpoint", step=-1, shared=True))
+            return _found(self.line.call("last_checkpoint"))
         self._agreed = True
-        store, patience = self._shared(), timedelta(seconds=AGREE_SECONDS)
-        self.line.call("settle")
-        if store.add("checkpoint/settled", 1) == self._world_size:
-            store.set("checkpoint/all", b"1")
-        if self._rank == 0:
-            store.wait(["checkpoint/all"], patience)
-            found = _found(self.line.call("last_checkpoint", step=-1, shared=True))
-            store.set("checkpoint/last", str(found[0] if found else -1).encode())
-            return found
-        store.wait(["checkpoint/last"], patience)
-        step = int(store.get("checkpoint/last"))
-        if step < 0:
-            return None
-        found = _found(self.line.call("last_checkpoint", step=step, shared=True))
-        if found is None:
-            raise JobFailure(
-                f"The checkpoint of step {step} cannot be had on this node.", "NO_CHECKPOINT", permanent=False
-            )
-        return found
+        return Agreement(self.line, self._shared(), local=self._local).checkpoint()
 
     def _shared(self) -> Any:
+        """Return torch's store where the ranks of all nodes meet."""
         if self._store is None:
             from torch.distributed import PrefixStore, TCPStore
 

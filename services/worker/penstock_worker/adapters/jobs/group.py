@@ -13,6 +13,7 @@ import errno
 import json
 import logging
 import os
+import secrets
 import select
 import socket
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 
 from penstock_worker.adapters.forkserver import wire
-from penstock_worker.adapters.jobs.config import LauncherConfig
+from penstock_worker.adapters.jobs.config import ROUND_VARIABLE, LauncherConfig
 from penstock_worker.domain.task import End, EndKind, worst
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class LauncherAgent(SimpleElasticAgent):
         self._killed = False
         self._ranks_store: TCPStore | None = None
         self._master = ("", 0)
+        self._round = ""
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         """Meet the others; anew if one of them went away before it had said who it is."""
@@ -111,9 +113,9 @@ class LauncherAgent(SimpleElasticAgent):
         place = sorted(indices).index(self._config.index)
         if place == 0:
             self._ranks_store = listen(self._config.host)
-            address = [self._config.host, self._ranks_store.port]
+            address = [self._config.host, self._ranks_store.port, secrets.token_hex(6)]
             store.set("penstock/master", json.dumps(address).encode())
-        host, port = json.loads(store.get("penstock/master"))
+        host, port, self._round = json.loads(store.get("penstock/master"))
         self._master = (str(host), int(port))
         size = self._config.ranks
         return [
@@ -140,6 +142,7 @@ class LauncherAgent(SimpleElasticAgent):
                 "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
                 "MASTER_ADDR": self._master[0],
                 "MASTER_PORT": str(self._master[1]),
+                ROUND_VARIABLE: self._round,
                 "TORCHELASTIC_RESTART_COUNT": str(self._generation),
                 "TORCHELASTIC_RUN_ID": worker_group.spec.rdzv_handler.get_run_id(),
                 # The store above is there already: no rank makes it.

@@ -171,7 +171,7 @@ class TaskRoom:
 
     async def settle(self, seconds: float) -> None:
         """Wait, within bounds, until the last checkpoint is in the registry."""
-        await self._room.settle(seconds)
+        await self._room.uploads.settle(seconds)
 
     async def release(self) -> None:
         """Let go of what was fetched; events are sent on until `forget`."""

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import dataclasses
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Coroutine
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from penstock.registry.v1 import artifact_pb2
-from penstock_kit.errors import PenstockError, Unavailable
+from penstock_kit.errors import Unavailable
 from penstock_kit.threads import in_thread
-from penstock_worker.adapters.jobs.checkpoints import CheckpointStore
-from penstock_worker.adapters.jobs.registry import JobRegistry, described
+from penstock_worker.adapters.jobs.checkpoints import PART_FILE, CheckpointStore, join
+from penstock_worker.adapters.jobs.registry import JobRegistry
+from penstock_worker.adapters.jobs.uploads import Spawn, Uploads, checkpoint_artifact, writing_of
+from penstock_worker.domain.checkpoint import Choice, Writing
 
-log = logging.getLogger(__name__)
-
-PART_FILE = "penstock-part.json"
-"""Beside the files of a checkpoint: which part of how many it is. It makes that no part is empty."""
 KEPT_ROOMS = 8
 """Directories of jobs that have ended here: the last ones stay, as a job may come back for its checkpoint."""
-FIRST_PAUSE_SECONDS = 1.0
-LAST_PAUSE_SECONDS = 30.0
-
-Spawn = Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
-Sent = Callable[[int, str], None]
-"""Takes a step and the artifact that holds its checkpoint."""
-
-
-def checkpoint_artifact(job: str, part: int) -> str:
-    """Return the name of the artifact that part `part` of a job's checkpoints are versions of."""
-    return f"artifacts/job-{job}-checkpoint" + (f"-{part}" if part else "")
 
 
 class JobRoom:
@@ -52,12 +37,8 @@ class JobRoom:
         self.job = job
         self.store = CheckpointStore(directory / "checkpoints")
         self.users = 0
-        self.away = False
-        """The registry could not be reached at the last try."""
+        self.uploads = Uploads(job, self.store, registry, spawn, lambda: self.users > 0)
         self._registry = registry
-        self._spawn = spawn
-        self._pending: tuple[int, Path, int, int, int, Sent] | None = None
-        self._task: asyncio.Task[None] | None = None
 
     def prepare(self) -> None:
         """Make the directory. Blocking.
@@ -69,101 +50,64 @@ class JobRoom:
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         os.utime(self.directory.parent)
 
-    def mark_part(self, path: Path, step: int, part: int, parts: int) -> None:
-        """Write down which part of a checkpoint this node has. Blocking."""
-        (path / PART_FILE).write_text(json.dumps({"step": step, "part": part, "parts": parts}))
+    def mark_part(self, path: Path, writing: Writing, part: int) -> None:
+        """Write down which part of which checkpoint this node has. Blocking."""
+        (path / PART_FILE).write_text(json.dumps({**dataclasses.asdict(writing), "part": part}))
 
-    def parts_of(self, path: Path) -> int:
-        """Return of how many parts a local checkpoint is one. Blocking."""
-        try:
-            return int(json.loads((path / PART_FILE).read_text())["parts"])
-        except (OSError, ValueError, KeyError):
-            return 0
+    def held(self) -> dict[tuple[Writing, int], Path]:
+        """Return the complete parts of the job's checkpoints that are on this node. Blocking.
 
-    def send(self, step: int, path: Path, *, part: int, parts: int, attempt: int, sent: Sent) -> None:
-        """Upload a checkpoint in the background; of several that wait only the newest goes."""
-        if self._pending is not None:
-            self.store.release(self._pending[0])
-        self.store.hold(step)
-        self._pending = (step, path, part, parts, attempt, sent)
-        if self._task is None or self._task.done():
-            self._task = self._spawn(f"checkpoints of {self.job}", self._send_all())
+        Whichever task wrote them: tasks may have other numbers, and other nodes, in another attempt.
+        """
+        found = {}
+        for file in self.directory.parent.glob(f"*/checkpoints/*/{PART_FILE}"):
+            if not file.parent.name.isdigit():
+                continue
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                fields = json.loads(file.read_text())
+                writing = Writing(int(fields["step"]), str(fields["round"]), int(fields["parts"]))
+                found[writing, int(fields["part"])] = file.parent
+        return found
 
-    @property
-    def sending(self) -> bool:
-        """Whether a checkpoint is on its way."""
-        return self._task is not None and not self._task.done()
+    def begin_gathering(self, choice: Choice, held: Mapping[tuple[Writing, int], Path]) -> Path:
+        """Make the directory for a checkpoint that is gone on from, with the parts of this disk. Blocking.
 
-    async def settle(self, seconds: float) -> None:
-        """Wait until nothing is on its way, within bounds; not while the registry is away."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + seconds
-        while (task := self._task) is not None and not self.away and loop.time() < deadline:
-            if task.done():
-                return
-            await asyncio.wait({task}, timeout=0.1)
+        Those that were gathered before, and parts of newer ones that nobody can complete, are removed.
+        """
+        step = choice.writing.step
+        self.store.forget_after(step)
+        target = self.store.restored(step)
+        shutil.rmtree(target.parent, ignore_errors=True)
+        partial = target.with_name(f"{target.name}.partial")
+        partial.mkdir(parents=True)
+        for part in range(choice.writing.parts):
+            if path := held.get((choice.writing, part)):
+                join(path, partial, link=True)
+        return partial
 
-    async def _send_all(self) -> None:
-        pause = FIRST_PAUSE_SECONDS
-        while self._pending is not None:
-            step, path, part, parts, attempt, sent = self._pending
-            self._pending = None
-            try:
-                name = await self._send(step, path, part, parts, attempt)
-            except (PenstockError, OSError) as error:
-                self.away = isinstance(error, Unavailable)
-                log.warning(
-                    "a checkpoint is not in the registry yet",
-                    extra={"job": self.job, "step": step, "why": str(error)},
-                )
-                if self._pending is None and path.exists():
-                    self._pending = (step, path, part, parts, attempt, sent)
-                else:
-                    self.store.release(step)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LAST_PAUSE_SECONDS)
-            else:
-                self.away, pause = False, FIRST_PAUSE_SECONDS
-                self.store.release(step)
-                sent(step, name)
+    def end_gathering(self, step: int) -> Path:
+        """Let a gathered checkpoint appear in one step; return where. Blocking."""
+        target = self.store.restored(step)
+        target.with_name(f"{target.name}.partial").rename(target)
+        return target
 
-    async def _send(self, step: int, path: Path, part: int, parts: int, attempt: int) -> str:
-        """Upload one checkpoint, make it READY, and delete those before it."""
-        target = checkpoint_artifact(self.job, part)
-        announced = described({"step": step})
-        announced.kind = artifact_pb2.ARTIFACT_KIND_CHECKPOINT
-        announced.job = f"jobs/{self.job}"
-        labels = {"step": step, "part": part, "parts": parts, "attempt": attempt}
-        announced.labels.update({key: str(value) for key, value in labels.items()})
-        made = await self._registry.upload_artifact(
-            announced, target, path, key=f"{self.job} {attempt} {step}"
-        )
-        await self._registry.finalize_artifact(made.name)
-        older = [old for old in await self._registry.artifacts_of(target) if _step(old) < step]
-        # With several parts the one before stays, as the other parts of this one may not be there yet.
-        for old in sorted(older, key=_step, reverse=True)[0 if parts == 1 else 1 :]:
-            with contextlib.suppress(PenstockError):
-                await self._registry.delete_artifact(old.name)
-        return made.name
+    async def stored(self, parts: int) -> dict[tuple[Writing, int], artifact_pb2.Artifact]:
+        """Return the parts of checkpoints that the registry has.
 
-    async def stored(self) -> list[tuple[int, list[artifact_pb2.Artifact]]]:
-        """Return the complete checkpoints in the registry, the newest first: the step and all parts.
+        Args:
+            parts: How many parts those on the disks of nodes have.
 
         Raises:
             PenstockError: As the registry says.
         """
-        first = await self._registry.artifacts_of(checkpoint_artifact(self.job, 0))
-        ready = [one for one in first if one.state == artifact_pb2.ARTIFACT_STATE_READY]
-        others: dict[int, list[artifact_pb2.Artifact]] = {}
-        found = []
-        for one in sorted(ready, key=_step, reverse=True):
-            parts = [one]
-            for part in range(1, int(one.labels.get("parts", "1"))):
-                if part not in others:
-                    others[part] = await self._registry.artifacts_of(checkpoint_artifact(self.job, part))
-                parts += [other for other in others[part] if _same(other, one)][:1]
-            if len(parts) == int(one.labels.get("parts", "1")):
-                found.append((_step(one), parts))
+        found: dict[tuple[Writing, int], artifact_pb2.Artifact] = {}
+        part = 0
+        while part < parts:
+            for one in await self._registry.artifacts_of(checkpoint_artifact(self.job, part)):
+                if one.state == artifact_pb2.ARTIFACT_STATE_READY:
+                    found[writing_of(one), part] = one
+                    parts = max(parts, writing_of(one).parts)
+            part += 1
         return found
 
 
@@ -210,7 +154,7 @@ class JobRooms:
     async def clean(self) -> None:
         """Remove the oldest directories of jobs that have ended here, beyond the last few."""
         for key, room in list(self._rooms.items()):
-            if not room.users and not room.sending:
+            if not room.users and not room.uploads.sending:
                 del self._rooms[key]
         await in_thread(self._clean, frozenset(job for job, _ in self._rooms))
 
@@ -224,13 +168,3 @@ class JobRooms:
                     idle.append((path.stat().st_mtime, path))
         for _, path in sorted(idle)[:-KEPT_ROOMS]:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _step(artifact: artifact_pb2.Artifact) -> int:
-    return int(artifact.labels.get("step", "0"))
-
-
-def _same(other: artifact_pb2.Artifact, one: artifact_pb2.Artifact) -> bool:
-    return other.state == artifact_pb2.ARTIFACT_STATE_READY and all(
-        other.labels.get(key) == one.labels.get(key) for key in ("step", "attempt", "parts")
-    )

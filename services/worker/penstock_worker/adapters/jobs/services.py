@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -16,18 +15,20 @@ from penstock.registry.v1 import artifact_pb2, manifest_pb2, version_pb2
 from penstock.scheduler.v1 import job_pb2
 from penstock_kit.errors import InvalidArgument, PenstockError
 from penstock_kit.threads import in_thread
+from penstock_worker.adapters.jobs.agreement import choice_from, to_fields
+from penstock_worker.adapters.jobs.checkpoints import join
 from penstock_worker.adapters.jobs.events import EventSender
 from penstock_worker.adapters.jobs.lineage import code_digest, environment, joined_digest
 from penstock_worker.adapters.jobs.registry import JobRegistry, described
-from penstock_worker.adapters.jobs.rooms import PART_FILE, JobRoom
+from penstock_worker.adapters.jobs.rooms import JobRoom
 from penstock_worker.adapters.jobs.spool import EventSpool
+from penstock_worker.adapters.jobs.uploads import Part
+from penstock_worker.domain.checkpoint import Choice, Writing, newest
 from penstock_worker.domain.supervision import BundleFile, WantedFiles
 from penstock_worker.domain.task import DesiredTask, End, EndKind, worst
 from penstock_worker.usecases.job_context import JobFailure
 from penstock_worker.usecases.ports import BundleStore
 
-SETTLE_SECONDS = 60.0
-"""How long a group over several nodes waits for the upload of its last checkpoint before it goes on."""
 LOOK_SECONDS = 5.0
 """How long the registry is asked for a newer checkpoint where there is one on this disk."""
 GENERATIONS = 1_000_000
@@ -84,9 +85,10 @@ class TaskClerk:
         self._artifacts: dict[str, artifact_pb2.Artifact] = {}
         self._versions: dict[str, version_pb2.Version] = {}
         self._ends: dict[int, dict[int, End]] = defaultdict(dict)
-        self._restored: dict[tuple[int, int], tuple[int, Path] | None] = {}
+        self._restored: dict[int, tuple[int, Path] | None] = {}
+        self._stored_parts: Mapping[tuple[Writing, int], artifact_pb2.Artifact] = {}
         self._starts = 0
-        self._held: set[int] = set()
+        self._held: list[int] = []
         self._progress_from: tuple[float, int] | None = None
 
     def begin(self) -> None:
@@ -113,6 +115,8 @@ class TaskClerk:
                 self.running = True
                 self._progress_from = None
                 self._changed()
+            case "checkpoint":
+                self._note_checkpoint(int(fields["step"]), "")
             case "rendezvous":
                 self.rendezvous = str(fields["address"])
                 self._changed()
@@ -131,12 +135,23 @@ class TaskClerk:
                 path = await in_thread(self._room.store.begin, int(fields["step"]), self._group(generation))
                 return {"path": str(path)}
             case "commit_checkpoint":
-                return await self._commit(int(fields["step"]), rank, generation)
+                return await self._commit(int(fields["step"]), str(fields["round"]), rank, generation)
             case "last_checkpoint":
-                found = await self._last(int(fields["step"]), generation, shared=bool(fields.get("shared")))
+                found = await self._last(generation)
                 return {"step": found[0], "path": str(found[1])} if found else {}
-            case "settle":
-                await self._room.settle(SETTLE_SECONDS)
+            case "held_parts":
+                return {"parts": to_fields(await in_thread(self._room.held))}
+            case "stored_parts":
+                return {
+                    "parts": to_fields(await self._stored(int(fields["parts"]), bool(fields["optional"])))
+                }
+            case "gather":
+                return await self._begin_gathering(choice_from(fields["choice"]))
+            case "gathered":
+                path = await in_thread(self._room.end_gathering, int(fields["step"]))
+                return {"path": str(path)}
+            case "start_anew":
+                await in_thread(self._room.store.forget_after, -1)
                 return {}
             case "publish_version":
                 return await self._publish_version(fields)
@@ -248,72 +263,92 @@ class TaskClerk:
 
     # Checkpoints.
 
-    async def _commit(self, step: int, rank: int, generation: int) -> dict[str, Any]:
+    async def _commit(self, step: int, round_: str, rank: int, generation: int) -> dict[str, Any]:
         desired, room = self._desired, self._room
         path = room.store.directory / f"{step}.partial"
-        await in_thread(room.mark_part, path, step, desired.index, desired.tasks)
+        writing = Writing(step, round_, desired.tasks)
+        await in_thread(room.mark_part, path, writing, desired.index)
         complete = await in_thread(room.store.commit, step, rank, desired.ranks, self._group(generation))
         if complete:
             self._restored.clear()
-            if desired.tasks == 1:
+            final = room.store.directory / str(step)
+            alone = desired.tasks == 1
+            if alone:
                 self._note_checkpoint(step, "")
-            room.send(
-                step,
-                room.store.directory / str(step),
-                part=desired.index,
-                parts=desired.tasks,
-                attempt=desired.attempt,
-                sent=self._note_checkpoint if desired.index == 0 else _nobody,
-            )
+            sent = _nobody if alone or desired.index else self._note_checkpoint
+            room.uploads.send(Part(writing, desired.index, final, desired.attempt, sent))
         return {"complete": complete}
 
     def _note_checkpoint(self, step: int, artifact: str) -> None:
         self._add(job_pb2.JobEvent(checkpoint=job_pb2.CheckpointNote(step=step, artifact=artifact)))
 
-    async def _last(self, step: int, generation: int, *, shared: bool) -> tuple[int, Path] | None:
-        """Return the last checkpoint, or that of a step; all ranks of a generation get the same."""
-        key = generation, step
+    async def _last(self, generation: int) -> tuple[int, Path] | None:
+        """Return the last checkpoint; all ranks of a generation get the same."""
         async with self._locks["checkpoint"]:
-            if key not in self._restored:
-                found = self._restored[key] = await self._find(step, generation, shared=shared)
-                if found is not None:
-                    # Read at leisure: newer ones may come before all ranks have.
-                    self._room.store.hold(found[0])
-                    self._held.add(found[0])
-        return self._restored[key]
+            if generation not in self._restored:
+                self._restored[generation] = await self._find(generation)
+        return self._restored[generation]
 
-    async def _find(self, step: int, generation: int, *, shared: bool) -> tuple[int, Path] | None:
+    async def _find(self, generation: int) -> tuple[int, Path] | None:
         room = self._room
-        local = await in_thread(room.store.last)
-        if local is not None and (shared or await in_thread(room.parts_of, local[1]) != 1):
-            # Other nodes do not have it, or this one does not have all of it.
-            local = None
-        if local is not None and generation > GENERATIONS:
-            return local
-        try:
-            async with asyncio.timeout(None if local is None else LOOK_SECONDS):
-                stored = await room.stored()
-        except (PenstockError, TimeoutError):
-            if local is None:
-                raise
-            return local
-        for found, parts in stored:
-            if step >= 0 and found != step:
-                continue
-            if local is not None and local[0] >= found:
-                break
-            return found, await self._gather(found, parts)
-        return local if step < 0 or (local and local[0] == step) else None
+        held = await in_thread(room.held)
+        choice = newest([held])
+        if choice is None or generation <= GENERATIONS:
+            # The first ranks here: another node may have been further.
+            parts = max((writing.parts for writing, _ in held), default=1)
+            stored = await self._stored(parts, choice is not None)
+            choice = newest([held], stored)
+        if choice is None:
+            return None
+        step = choice.writing.step
+        path = held.get((choice.writing, 0))
+        if choice.writing.parts > 1 or path is None:
+            await self._begin_gathering(choice)
+            return step, await in_thread(room.end_gathering, step)
+        # Read at leisure: newer ones may come before all ranks have.
+        room.store.hold(step)
+        self._held.append(step)
+        return step, path
 
-    async def _gather(self, step: int, parts: list[artifact_pb2.Artifact]) -> Path:
-        """Bring all parts of a checkpoint into one directory."""
-        self.say(f"Fetching the checkpoint of step {step} from the registry.")
-        paths = [await self._lease(part.name, part.digest, b"", part.files) for part in parts]
-        if len(paths) == 1:
-            return paths[0]
-        target = self._room.store.restored(step)
-        await in_thread(_join, paths, target)
-        return target
+    async def _stored(
+        self, parts: int, optional: bool
+    ) -> Mapping[tuple[Writing, int], artifact_pb2.Artifact]:
+        """Return the parts that the registry has; none if it is away and there is another way."""
+        try:
+            async with asyncio.timeout(LOOK_SECONDS if optional else None):
+                self._stored_parts = await self._room.stored(parts)
+        except (PenstockError, TimeoutError):
+            if not optional:
+                raise
+            self._stored_parts = {}
+        return self._stored_parts
+
+    async def _begin_gathering(self, choice: Choice) -> dict[str, Any]:
+        """Bring the parts of this node and of the registry into one directory; say which were here."""
+        held = await in_thread(self._room.held)
+        target = await in_thread(self._room.begin_gathering, choice, held)
+        lacking = [
+            part
+            for part, source in enumerate(choice.sources)
+            if source < 0 and (choice.writing, part) not in held
+        ]
+        if lacking:
+            self.say(f"Fetching {len(lacking)} parts of the checkpoint of step {choice.writing.step}.")
+            if any((choice.writing, part) not in self._stored_parts for part in lacking):
+                self._stored_parts = await self._room.stored(choice.writing.parts)
+        for part in lacking:
+            artifact = self._stored_parts.get((choice.writing, part))
+            if artifact is None:
+                raise JobFailure(
+                    f"Part {part} of the checkpoint of step {choice.writing.step} is not in the registry any "
+                    "more.",
+                    "NO_CHECKPOINT",
+                    permanent=False,
+                )
+            path = await self._lease(artifact.name, artifact.digest, b"", artifact.files)
+            await in_thread(join, path, target)
+        here = {str(part): str(path) for (writing, part), path in held.items() if writing == choice.writing}
+        return {"path": str(target), "here": here}
 
     # Publishing.
 
@@ -374,17 +409,4 @@ class TaskClerk:
 
 
 def _nobody(step: int, artifact: str) -> None:
-    """Only the part of task 0 stands for the checkpoint."""
-
-
-def _join(paths: list[Path], target: Path) -> None:
-    """Copy several directories into one, which appears in one step. Blocking."""
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for path in paths:
-        shutil.copytree(path, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(PART_FILE))
-    for path in partial.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(target)
+    """Said already, or task 0 says it."""
