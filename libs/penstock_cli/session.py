@@ -16,7 +16,14 @@ from penstock.transport import DEFAULT_ENDPOINT
 
 # A person waits: long enough for a gateway that restarts, short enough to notice a wrong address.
 _RETRY_SECONDS = 3.0
-_SUGGESTION_SECONDS = 3.0
+_MOST_NAMES = 1000
+_MOST_JOBS = 100  # each comes with all it found
+_ABOUT = {
+    Reason.MODEL_NOT_FOUND: "model",
+    Reason.DEPLOYMENT_NOT_FOUND: "deployment",
+    Reason.ALIAS_NOT_FOUND: "alias",
+}
+_BY_KEY = ("job", "project", "node", "artifact")
 
 Endpoint = Annotated[
     str,
@@ -63,25 +70,26 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _with_suggestion(client: Client, error: NotFound) -> NotFound:
-    lists: dict[Reason, tuple[str, Callable[[], list[str]]]] = {
-        Reason.MODEL_NOT_FOUND: ("model", lambda: [short(m.name) for m in client.list_models(limit=1000)]),
-        Reason.DEPLOYMENT_NOT_FOUND: (
-            "deployment",
-            lambda: [short(d.name) for d in client.list_deployments(limit=1000)],
-        ),
-        Reason.ALIAS_NOT_FOUND: (
-            "alias",
-            lambda: [short(a.name) for a in client.get_model(error.metadata["model"]).aliases],
-        ),
+    # What the error is about, by the key that names it, and the names that there are.
+    lists: dict[str, Callable[[], list[str]]] = {
+        "alias": lambda: [short(a.name) for a in client.get_model(error.metadata["model"]).aliases],
+        "model": lambda: [short(m.name) for m in client.list_models(limit=_MOST_NAMES)],
+        "deployment": lambda: [short(d.name) for d in client.list_deployments(limit=_MOST_NAMES)],
+        "job": lambda: [short(j.name) for j in client.list_jobs(limit=_MOST_JOBS)],
+        "project": lambda: [short(p.name) for p in client.list_projects(limit=_MOST_NAMES)],
+        "node": lambda: [short(n.name) for n in client.list_nodes(limit=_MOST_NAMES)],
+        "artifact": lambda: [a.name.split("/")[1] for a in client.list_datasets(limit=_MOST_NAMES)],
     }
-    key, names = lists.get(error.reason, ("", list))
-    wanted = short(error.metadata.get(key, ""))
+    key = _ABOUT.get(error.reason) or next((key for key in _BY_KEY if key in error.metadata), "")
+    wanted = short(error.metadata.get(key, "").partition("/versions/")[0])
     if not wanted:
         return error
     hint = ""
     # The names are a courtesy: whatever fails here, the error itself is what the person must see.
     with suppress(PenstockError, KeyError):
-        hint = nearest(wanted, names())
+        # A name that there is says that its version is the one that is missing.
+        known = lists[key]()
+        hint = nearest(wanted, known) if wanted not in known else ""
     if not hint or hint in error.message:
         return error
     return NotFound(f"{error.message} {hint}", reason=error.reason, metadata=error.metadata)

@@ -13,7 +13,7 @@ from google.protobuf import empty_pb2
 from rich.console import Console
 from rich.text import Text
 
-from penstock.errors import NotFound
+from penstock.errors import NotFound, Reason
 from penstock.scheduler.v1 import job_pb2, job_service_pb2, job_service_pb2_grpc
 from penstock_cli import session
 from penstock_cli.__main__ import main
@@ -60,7 +60,11 @@ class JobMesh(FakeMesh, job_service_pb2_grpc.JobServiceServicer):
 
     def GetJob(self, request: Any, context: Any) -> job_pb2.Job:
         if self.job.name and request.name != self.job.name:
-            raise NotFound(f"There is no {request.name}.")
+            raise NotFound(
+                f"There is no {request.name}.",
+                reason=Reason.RESOURCE_NOT_FOUND,
+                metadata={"job": request.name.removeprefix("jobs/")},
+            )
         return self._now(state=job_pb2.JOB_STATE_RUNNING, message="")
 
     def ListJobs(self, request: Any, context: Any) -> job_service_pb2.ListJobsResponse:
@@ -238,6 +242,9 @@ def test_jobs_are_listed_shown_read_cancelled_and_deleted(
     code, _, err = run(capsys, "jobs", "metrics", "mine", "--metric", "train/los")
     assert code == 3
     assert "Did you mean train/loss?" in err
+    code, _, err = run(capsys, "jobs", "show", "mime")
+    assert code == 3
+    assert "Did you mean mine?" in err
     code, out, _ = run(capsys, "jobs", "cancel", "mine")
     assert "CANCELLED" in out
     assert run(capsys, "jobs", "delete", "mine", "--yes")[0] == 0

@@ -73,7 +73,7 @@ class ArtifactRepository:
             )
         row = (await self._session.execute(statement)).one_or_none()
         if row is None:
-            raise _not_found(artifact_name(artifact, number))
+            raise _not_found(artifact_name(artifact, number), artifact_name(artifact, number))
         return (await self._whole([row], path))[0]
 
     async def get_by_uid(self, uid: int) -> Artifact:
@@ -93,7 +93,7 @@ class ArtifactRepository:
         )
         row = (await self._session.execute(statement)).one_or_none()
         if row is None:
-            raise _not_found(f"READY version of artifacts/{artifact}")
+            raise _not_found(f"READY version of artifacts/{artifact}", f"artifacts/{artifact}")
         return (await self._whole([row]))[0]
 
     async def save(self, artifact: Artifact) -> None:
@@ -227,11 +227,11 @@ def _artifacts() -> Select[ArtifactVersionRow, str, str]:
     )
 
 
-def _not_found(what: str) -> NotFound:
+def _not_found(what: str, name: str) -> NotFound:
     return NotFound(
         f"No {what}; list datasets with `penstock datasets list`. Names are case-sensitive.",
         reason=Reason.RESOURCE_NOT_FOUND,
-        metadata={"artifact": what},
+        metadata={"artifact": name},
     )
 
 
