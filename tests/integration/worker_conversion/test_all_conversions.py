@@ -142,6 +142,32 @@ def test_regressions_behind_steps_become_onnx(tmp_path: Path, model: Any) -> Non
     assert report["difference"] < 1e-4
 
 
+@pytest.mark.parametrize("datatype", ["FP32", "FP64"])
+def test_histogram_boosting_keeps_thresholds_that_are_numbers_of_its_data(
+    tmp_path: Path, datatype: str
+) -> None:
+    # Rows of a dataset are fp32, which is on the other side of many a threshold than the number itself.
+    for load, model in (
+        (load_breast_cancer, ensemble.HistGradientBoostingClassifier(max_iter=20, random_state=0)),
+        (load_wine, ensemble.HistGradientBoostingClassifier(max_iter=10, random_state=0)),
+        (load_diabetes, ensemble.HistGradientBoostingRegressor(max_iter=20, random_state=0)),
+    ):
+        x, y = load(return_X_y=True)
+        kinds = len(set(y)) if "Classifier" in type(model).__name__ else 0
+        dataset = save_npz(tmp_path / "data" / load.__name__, x.astype(np.float32), y)
+        for name, whole in (("alone", model), ("scaled", make_pipeline(StandardScaler(), model))):
+            bundle = tmp_path / load.__name__ / name
+            manifest = build_skops(bundle, whole.fit(x, y), x.shape[1], kinds)
+            manifest.signature.inputs[0].data_type = tensor_pb2.DataType.Value(f"DATA_TYPE_{datatype}")  # type: ignore[assignment]
+            found, report = convert(bundle, bundle, manifest, "onnx", dataset=dataset, rows=1000)
+            assert report["difference"] < 1e-4
+            if datatype == "FP64":
+                with open_version(found.path, found.version.manifest) as version:
+                    answers = list(version.predict({"x": x}).values())[-1]
+                right = whole.predict_proba(x) if kinds else whole.predict(x)
+                np.testing.assert_allclose(answers, right, rtol=1e-5, atol=1e-5)
+
+
 def test_several_inputs_and_the_score_of_the_second_class_keep_their_shapes(tmp_path: Path) -> None:
     x, y = load_breast_cancer(return_X_y=True)
     manifest = build_skops(tmp_path / "svc", svm.LinearSVC(random_state=0).fit(x[:, :3], y), 3, 0)

@@ -29,6 +29,7 @@ from sklearn.tree import BaseDecisionTree
 from penstock.packaging.skops_types import load_skops
 from penstock_kit.errors import PenstockError
 from penstock_kit.oip import TensorSpec
+from penstock_worker.adapters.conversion.hist_trees import HIST_BOOSTING, restored
 from penstock_worker.adapters.conversion.source import Source
 from penstock_worker.adapters.runtimes.sklearn_runtime import methods_of
 
@@ -114,14 +115,21 @@ def _convert(
             warnings.simplefilter("ignore")
             if kind is data_types.DoubleTensorType and single:
                 inner = part(model, _FEATURES, data_types.FloatTensorType, width)
-                return _joined(_casting(name, width, opset), inner)
-            if kind is not data_types.DoubleTensorType or not isinstance(last, _SINGLE_PRECISION):
-                return part(model, name, kind, width)
-            # These look at features in single precision, whatever they are given.
-            trees = part(last, _FEATURES, data_types.FloatTensorType, last.n_features_in_)
+                return _joined(_casting(name, kind, data_types.FloatTensorType, width, opset), inner)
+            # Trees look at features in one precision, whatever they are given.
+            seen = kind
+            if kind in (data_types.FloatTensorType, data_types.DoubleTensorType):
+                if isinstance(last, _SINGLE_PRECISION):
+                    seen = data_types.FloatTensorType
+                elif isinstance(last, HIST_BOOSTING):
+                    seen = data_types.DoubleTensorType
+            if seen is kind:
+                whole = part(model, name, kind, width)
+                return restored(whole, last) if seen is data_types.DoubleTensorType else whole
+            trees = restored(part(last, _FEATURES, seen, last.n_features_in_), last)
             if last is model:
-                return _joined(_casting(name, width, opset), trees)
-            return _joined(_cast_output(part(Pipeline(model.steps[:-1]), name, kind, width)), trees)
+                return _joined(_casting(name, kind, seen, width, opset), trees)
+            return _joined(_cast_output(part(Pipeline(model.steps[:-1]), name, kind, width), seen), trees)
     except (exceptions.MissingShapeCalculator, exceptions.MissingConverter) as error:
         named = _CLASS.search(str(error))
         raise source.unsupported(
@@ -148,25 +156,31 @@ def _ids(estimator: Any) -> set[int]:
     return {id(estimator), *map(id, steps)}
 
 
-def _casting(name: str, width: int, opset: int) -> onnx.ModelProto:
-    """Return a model that casts its only tensor to single precision."""
-    node = helper.make_node("Cast", [name], [_CAST], to=TensorProto.FLOAT)
+def _casting(name: str, given: Any, wanted: Any, width: int, opset: int) -> onnx.ModelProto:
+    """Return a model that casts its only tensor from one of skl2onnx's types to another."""
+    before, after = _element(given), _element(wanted)
+    node = helper.make_node("Cast", [name], [_CAST], to=after)
     graph = helper.make_graph(
         [node],
         "cast",
-        [helper.make_tensor_value_info(name, TensorProto.DOUBLE, [None, width])],
-        [helper.make_tensor_value_info(_CAST, TensorProto.FLOAT, [None, width])],
+        [helper.make_tensor_value_info(name, before, [None, width])],
+        [helper.make_tensor_value_info(_CAST, after, [None, width])],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
 
 
-def _cast_output(head: onnx.ModelProto) -> onnx.ModelProto:
-    """Add a cast of the first output to single precision, and leave the others out."""
+def _cast_output(head: onnx.ModelProto, wanted: Any) -> onnx.ModelProto:
+    """Add a cast of the first output to one of skl2onnx's types, and leave the others out."""
     given = head.graph.output[0].name
-    head.graph.node.append(helper.make_node("Cast", [given], [_CAST], to=TensorProto.FLOAT))
+    head.graph.node.append(helper.make_node("Cast", [given], [_CAST], to=_element(wanted)))
     del head.graph.output[:]
-    head.graph.output.append(helper.make_tensor_value_info(_CAST, TensorProto.FLOAT, [None, None]))
+    head.graph.output.append(helper.make_tensor_value_info(_CAST, _element(wanted), [None, None]))
     return head
+
+
+def _element(kind: Any) -> int:
+    """Return what ONNX calls the elements of a type of skl2onnx: fp32 or fp64."""
+    return int(TensorProto.DOUBLE if kind.__name__ == "DoubleTensorType" else TensorProto.FLOAT)
 
 
 def _joined(head: onnx.ModelProto, tail: onnx.ModelProto) -> onnx.ModelProto:
