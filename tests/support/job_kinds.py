@@ -124,12 +124,22 @@ def together(context: JobContext) -> None:
             context.progress(step, int(labels["to"]), "steps")
             if step % int(labels["every"]) == 0:
                 save_together(context, step)
+            if labels.get("hold") == str(step):
+                hold_together(Path(labels["trace"] + ".go"))
             time.sleep(PAUSE_SECONDS)
     finally:
         dist.destroy_process_group()
     if "publish" in labels and context.rank == 0:
         wait_for(Path(labels["trace"] + ".go"), context, step)
     context.report({"counted": step, "world_size": context.world_size})
+
+
+def hold_together(path: Path) -> None:
+    """Wait until a test makes a file; when asked to stop, without a checkpoint, as if killed."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(PAUSE_SECONDS)
 
 
 def save_together(context: JobContext, step: int) -> None:
