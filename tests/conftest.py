@@ -8,7 +8,7 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +17,12 @@ import pytest
 from psycopg import sql
 
 from penstock_local.embedded import EmbeddedPostgres, EmbeddedRedis
+
+# Those who run side by side share the processors: threads that one starts for each of them spin against those
+# of the others, which took a third of all the time. Processes that tests start have it from here.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Kept in the environment, so that the workers of xdist have the seed that the header shows.
 _SEED = int(os.environ.setdefault("PENSTOCK_TEST_SEED", str(random.SystemRandom().randrange(2**32))))
@@ -29,6 +35,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # deadline.
 hypothesis.settings.register_profile("penstock", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "penstock"))
+
+
+# A wrapper, as xdist's own hook reads the marks, and no order among others is certain.
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> Generator[None, None, None]:
+    """Keep the tests of a module that share what is costly in one xdist worker, so that it is made once."""
+    for item in items:
+        if _shares_of_module(item) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    yield
+
+
+def _shares_of_module(item: pytest.Item) -> bool:
+    """Whether a test uses a fixture that lives as long as its module."""
+    found = getattr(item, "_fixtureinfo", None)  # what `--fixtures-per-test` shows; there is no public way
+    fixtures = found.name2fixturedefs.values() if found else ()
+    return any(fixture.scope == "module" for group in fixtures for fixture in group)
 
 
 def pytest_report_header() -> str:

@@ -10,6 +10,8 @@ same files.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,25 @@ CHECKED_TYPES = frozenset(
     }
 )
 _READS_FILES = frozenset({"filename", "file"})
+# skops imports every package of scikit-learn to list its estimators, and this one imports torch: as long
+# again, for nothing that is used here.
+_DOOR_TO_TORCH = "sklearn.externals.array_api_compat.torch"
+
+
+def import_skops() -> Any:
+    """Import `skops.io`, without torch where nobody has imported that.
+
+    Raises:
+        ImportError: skops or scikit-learn is not installed.
+    """
+    shut = "torch" not in sys.modules and _DOOR_TO_TORCH not in sys.modules
+    if shut:
+        sys.modules[_DOOR_TO_TORCH] = None  # type: ignore[assignment] # an import of it fails, as it would
+    try:
+        return importlib.import_module("skops.io")
+    finally:
+        if shut:
+            del sys.modules[_DOOR_TO_TORCH]
 
 
 def load_skops(path: Path) -> Any:
@@ -68,8 +89,7 @@ def load_skops(path: Path) -> Any:
         ImportError: skops or scikit-learn is not installed.
         Exception: Whatever skops raises about a file that is none of its own.
     """
-    from skops import io as skops_io
-
+    skops_io = import_skops()
     allowed = PLAIN_TYPES | CHECKED_TYPES
     found = set(skops_io.get_untrusted_types(file=path))
     if unknown := sorted(found - allowed):

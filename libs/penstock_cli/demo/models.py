@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from penstock.errors import FailedPrecondition
+from penstock.packaging.skops_types import import_skops
 from penstock.tensors import Array
 
 _SEED = 7
@@ -81,12 +82,10 @@ def train_cnn(data: Data, path: Path, *, images: int, epochs: int) -> float:
 
 def train_tree(data: Data, path: Path) -> float:
     """Train a decision tree, save it with skops, return its test accuracy."""
-    from skops import io as skops_io
-
     _, tree = _sklearn()
     model = tree.DecisionTreeClassifier(max_depth=TREE_DEPTH, random_state=_SEED)
     model.fit(data.train, data.train_labels)
-    skops_io.dump(model, path)
+    import_skops().dump(model, path)
     return float(model.score(data.test, data.test_labels))
 
 
@@ -133,7 +132,7 @@ def _torch() -> Any:
 
 def _sklearn() -> tuple[Any, Any]:
     try:
-        import skops.io  # noqa: F401
+        import_skops()
         from sklearn import datasets, tree
     except ImportError as error:
         raise _missing("scikit-learn and skops") from error

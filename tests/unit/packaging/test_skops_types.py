@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,22 @@ from penstock.packaging.skops_types import load_skops
 RNG = np.random.default_rng(1)
 X = RNG.normal(size=(200, 4))
 Y = (X[:, 0] + X[:, 1] > 0).astype(int)
+
+
+# A process of its own: here, others have imported torch.
+DESCRIBES = """
+import sys
+from pathlib import Path
+from penstock.packaging.skops_types import load_skops
+load_skops(Path(sys.argv[1]))
+assert "torch" not in sys.modules
+import sklearn.externals.array_api_compat.torch
+"""
+
+
+def test_a_model_is_read_without_torch_which_others_may_import_later(tmp_path: Path) -> None:
+    saved = save(tmp_path, LogisticRegression().fit(X, Y))
+    subprocess.run([sys.executable, "-c", DESCRIBES, str(saved)], check=True, timeout=60)
 
 
 def save(path: Path, model: Any) -> Path:
