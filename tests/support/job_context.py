@@ -7,6 +7,7 @@ DIRECTORY` is one rank of it, as torch.distributed's environment says; `started_
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -161,7 +162,8 @@ class FileJobContext:
         return directory
 
     def dataset(self, name: str) -> FetchedDataset:
-        return self._datasets[name]
+        found = self._datasets[name]
+        return dataclasses.replace(found, decoded=self.root / "decoded" / found.path.name)
 
     def version(self, name: str) -> FetchedVersion:
         return self._versions[name]
@@ -178,7 +180,8 @@ class FileJobContext:
         self._write("log.jsonl", {"rank": self._rank, "text": text})
 
     def should_stop(self) -> bool:
-        return self._stop.exists()
+        # Asked at each step, where the worker's own context looks at a variable: `Path.exists` would be felt.
+        return os.path.exists(self._stop)  # noqa: PTH110
 
     def stop(self) -> None:
         """Ask all ranks to stop."""

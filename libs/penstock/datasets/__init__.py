@@ -17,6 +17,7 @@ It is called when a dataset is pushed and again where it is opened. Nothing heav
 needs it: tables want pyarrow, images Pillow.
 """
 
+from penstock.datasets import laid_out
 from penstock.datasets.contents import Contents, ReadOptions
 from penstock.datasets.describe import describe
 from penstock.datasets.examples import EXAMPLES, write_example
@@ -30,6 +31,7 @@ __all__ = [
     "describe",
     "detect_format",
     "find_files",
+    "laid_out",
     "read",
     "write_example",
 ]

@@ -31,7 +31,8 @@ class ReadOptions:
         classes: The labels that there may be, in the order of their indices; empty means those that occur.
         scratch: Where data larger than `memory_bytes` are laid out as flat files; None means a temporary
             directory.
-        memory_bytes: Up to how many bytes are held in memory.
+        memory_bytes: Up to how many bytes of an array are held in memory.
+        layout: Where arrays of any size are laid out as files that stay, for `laid_out.save`.
     """
 
     task: str = ""
@@ -41,6 +42,7 @@ class ReadOptions:
     classes: tuple[str, ...] = ()
     scratch: Path | None = None
     memory_bytes: int = 1 << 30
+    layout: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

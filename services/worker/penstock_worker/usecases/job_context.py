@@ -45,10 +45,13 @@ class FetchedDataset:
     Attributes:
         path: The directory of its files.
         artifact: What the registry says of it: name with number, digest, format, description.
+        decoded: Directory, not there at first, of what all ranks of this node make of it once, until the
+            task ends; None if nobody shares it.
     """
 
     path: Path
     artifact: artifact_pb2.Artifact
+    decoded: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from google.protobuf import json_format
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from penstock.datasets import Contents, ReadOptions, read
-from penstock_kit.errors import PenstockError
+from penstock.datasets import Contents, ReadOptions, laid_out, read
+from penstock_kit.errors import PenstockError, ResourceExhausted
+from penstock_worker.adapters.data.once import Shared
 from penstock_worker.domain.sampling import split
 from penstock_worker.usecases.job_context import FetchedDataset, JobFailure
 
@@ -50,7 +54,7 @@ class Batch:
 
 
 class Part:
-    """Some of the rows of a dataset, counted from 0.
+    """Some of the rows of a dataset, counted from 0. They are read when they are asked for.
 
     Attributes:
         rows: int64 [len], their numbers in the dataset.
@@ -76,8 +80,13 @@ class Part:
         return self._data.batch(self.rows[chosen])
 
     def all(self) -> Batch:
-        """Return all rows in one batch."""
+        """Return all rows in one batch, in memory of this process's own."""
         return self._data.batch(self.rows)
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """All texts, each read when it is asked for; empty if the rows are none."""
+        return _PartTexts(self._data.texts, self.rows)
 
     @property
     def targets(self) -> torch.Tensor:
@@ -85,24 +94,64 @@ class Part:
         return self._data.targets[self.rows] if len(self._data.targets) else self._data.targets
 
 
+class _PartTexts(Sequence[str]):
+    def __init__(self, texts: Sequence[str] | None, rows: torch.Tensor) -> None:
+        self._texts, self._rows = texts or (), rows if texts is not None else rows[:0]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self._texts[row] for row in self._rows[place].tolist()]
+        return self._texts[int(self._rows[place])]
+
+
 class _Tensors:
-    """The contents as tensors over the same memory."""
+    """The contents as tensors over the same memory, which is nobody's to write to."""
 
     def __init__(self, contents: Contents) -> None:
-        self._inputs = {name: torch.from_numpy(array) for name, array in contents.inputs.items()}
-        self._texts = contents.texts
+        self._inputs = {name: _tensor(array) for name, array in contents.inputs.items()}
+        self.texts = contents.texts
         self.targets = (
-            torch.zeros(0, dtype=torch.int64)
-            if contents.targets is None
-            else torch.from_numpy(np.ascontiguousarray(contents.targets))
+            torch.zeros(0, dtype=torch.int64) if contents.targets is None else _tensor(contents.targets)
         )
 
     def batch(self, rows: torch.Tensor) -> Batch:
         return Batch(
             inputs={name: tensor.index_select(0, rows).float() for name, tensor in self._inputs.items()},
             targets=self.targets[rows] if len(self.targets) else self.targets,
-            texts=() if self._texts is None else tuple(self._texts[row] for row in rows.tolist()),
+            texts=() if self.texts is None else tuple(self.texts[row] for row in rows.tolist()),
         )
+
+
+def mapped(path: Path, dtype: DTypeLike, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a file of values without a header as a tensor that is read as it is asked for.
+
+    Args:
+        path: The file.
+        dtype: Of the values.
+        shape: Of all of them.
+
+    Raises:
+        OSError, ValueError: It is not there, or smaller.
+    """
+    if 0 in shape:
+        return torch.from_numpy(np.zeros(shape, dtype))
+    return _tensor(np.memmap(path, dtype, "r", shape=shape))
+
+
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # That it must not be written to: it is not, and who would is stopped by the kernel.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +165,8 @@ class OpenedDataset:
         classes: Names of the classes, by index; empty if the label is a number or there is none.
         input_specs: What a batch's inputs are; empty for texts.
         target_dtype: int64 for classes, float32 for numbers, None without a label.
+        shared: Where ranks leave what they make of it for one another.
+        key: Part of the name of what depends on this dataset and on which rows are held out.
         label: Name of the label.
         feature_names: Names of the columns of a table's input, in order; else empty.
     """
@@ -126,6 +177,8 @@ class OpenedDataset:
     classes: tuple[str, ...]
     input_specs: tuple[InputSpec, ...]
     target_dtype: torch.dtype | None
+    shared: Shared
+    key: str
     label: str = ""
     feature_names: tuple[str, ...] = ()
 
@@ -143,6 +196,9 @@ def open_dataset(
 ) -> OpenedDataset:
     """Read, check and split a dataset.
 
+    It is read and checked once on each node, by the first rank to come, into files that all map into memory
+    (`penstock.datasets.laid_out`): a rank reads the rows that it asks for, and they are in memory once.
+
     The split is a function of the number of rows, their classes, `held_out` and `seed` alone, so it is the
     same on every rank and in every job.
 
@@ -154,10 +210,11 @@ def open_dataset(
         held_out: Part of the rows held out, 0 ≤ held_out < 1.
         seed: Of the split.
         require_label: Refuse data without a label, unless they are for a language model.
-        scratch: Where data too large for memory are laid out; None means a temporary directory.
+        scratch: Where the files are if no other rank shares them; None means the usual place of such.
 
     Raises:
         JobFailure: INVALID_DATA: the data are not fit to learn from; the words name row and column.
+            OUT_OF_DISK: there is no room for the files.
     """
     described = json_format.MessageToDict(fetched.artifact.description)
     if not 0 <= held_out < 1:
@@ -173,12 +230,10 @@ def open_dataset(
         features=tuple(features) or tuple(str(name) for name in described.get("learn_from", ()) if same),
         target=str(described.get("target", "")) if same else "",
         classes=tuple(str(name) for name in described.get("classes", ())) if same else (),
-        scratch=scratch,
     )
-    try:
-        contents = read(fetched.path, fetched.artifact.format, options)
-    except PenstockError as error:
-        raise JobFailure(f"The dataset {_short(fetched)} cannot be used: {error}", "INVALID_DATA") from error
+    shared = Shared(fetched.decoded, scratch)
+    key = hashlib.sha256(repr((fetched.artifact.format, options)).encode()).hexdigest()[:16]
+    contents = decoded(fetched, options, shared, key)
     if require_label and contents.targets is None and contents.task != "language_model":
         raise JobFailure(
             f"The dataset {_short(fetched)} has no label: say which column it is (`label`), or push it "
@@ -194,7 +249,10 @@ def open_dataset(
         )
     tensors = _Tensors(contents)
     target_dtype = None if contents.targets is None else tensors.targets.dtype
+    key = hashlib.sha256(repr((key, held_out, seed)).encode()).hexdigest()[:16]
     return OpenedDataset(
+        shared=shared,
+        key=key,
         task=contents.task,
         train=Part(tensors, train_rows),
         held_out=Part(tensors, held_rows),
@@ -206,6 +264,33 @@ def open_dataset(
         label=contents.label,
         feature_names=tuple(contents.notes.get("features", ())),
     )
+
+
+def decoded(fetched: FetchedDataset, options: ReadOptions, shared: Shared, key: str) -> Contents:
+    """Return what a dataset holds, mapped; it is read and checked if no rank of the node has done so.
+
+    Args:
+        fetched: The dataset.
+        options: How it is to be read.
+        shared: Where the files are.
+        key: Tells these options from others.
+
+    Raises:
+        JobFailure: INVALID_DATA or OUT_OF_DISK.
+    """
+
+    def write(directory: Path) -> None:
+        laid = dataclasses.replace(options, layout=directory)
+        laid_out.save(read(fetched.path, fetched.artifact.format, laid), directory)
+
+    try:
+        return laid_out.load(shared.once(f"contents-{key}", write))
+    except JobFailure:
+        raise
+    except ResourceExhausted as error:
+        raise JobFailure(str(error), "OUT_OF_DISK", permanent=False) from error
+    except PenstockError as error:
+        raise JobFailure(f"The dataset {_short(fetched)} cannot be used: {error}", "INVALID_DATA") from error
 
 
 def _short(fetched: FetchedDataset) -> str:

@@ -8,6 +8,8 @@ import json
 
 from penstock.scheduler.v1 import job_pb2
 
+DECODED = "decoded"
+"""Of a task's directory: what its ranks share of datasets, while it runs."""
 ROUND_VARIABLE = "PENSTOCK_ROUND"
 """Environment of ranks: tells one meeting of ranks from all others."""
 

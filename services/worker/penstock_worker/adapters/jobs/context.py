@@ -19,7 +19,7 @@ from penstock.registry.v1 import artifact_pb2, manifest_pb2, version_pb2
 from penstock.scheduler.v1 import job_pb2
 from penstock_kit.errors import InvalidArgument
 from penstock_worker.adapters.jobs.agreement import Agreement
-from penstock_worker.adapters.jobs.config import ROUND_VARIABLE, LauncherConfig
+from penstock_worker.adapters.jobs.config import DECODED, ROUND_VARIABLE, LauncherConfig
 from penstock_worker.adapters.jobs.line import Line
 from penstock_worker.domain.runtime import Mesh
 from penstock_worker.usecases.job_context import FetchedDataset, FetchedVersion
@@ -117,8 +117,12 @@ class RankContext:
     def dataset(self, name: str) -> FetchedDataset:
         """See `JobContext`."""
         found = self.line.call("artifact", name=name)
+        path = Path(found["path"])
+        # The directory in the cache bears the digest's digits.
         return FetchedDataset(
-            Path(found["path"]), artifact_pb2.Artifact.FromString(base64.b64decode(found["artifact"]))
+            path,
+            artifact_pb2.Artifact.FromString(base64.b64decode(found["artifact"])),
+            Path(self.config.directory, DECODED, path.name),
         )
 
     def version(self, name: str) -> FetchedVersion:

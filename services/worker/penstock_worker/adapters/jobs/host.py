@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import logging
 import secrets
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from penstock_kit.threads import in_thread
 from penstock_worker.adapters.forkserver.client import ForkServer
 from penstock_worker.adapters.forkserver.process import ForkedProcess
 from penstock_worker.adapters.jobs import limits
-from penstock_worker.adapters.jobs.config import LauncherConfig
+from penstock_worker.adapters.jobs.config import DECODED, LauncherConfig
 from penstock_worker.adapters.jobs.desk import Desk
 from penstock_worker.adapters.jobs.events import SPOOL_SUFFIX, EventSender
 from penstock_worker.adapters.jobs.registry import JobRegistry
@@ -174,8 +175,9 @@ class TaskRoom:
         await self._room.uploads.settle(seconds)
 
     async def release(self) -> None:
-        """Let go of what was fetched; events are sent on until `forget`."""
+        """Let go of what was fetched, and of what was made of it; events are sent on until `forget`."""
         await self._clerk.close()
+        await in_thread(shutil.rmtree, self._room.directory / DECODED, ignore_errors=True)
 
     async def forget(self) -> None:
         """The scheduler wants nothing of it any more."""

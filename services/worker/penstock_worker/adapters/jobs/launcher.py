@@ -83,6 +83,8 @@ class Launcher:
         self._look_next = 0.0
         self._warned = False
         self._memory_kills = limits.killed_for_memory()
+        # <data dir>/jobs/<job>/<task>: bundles and datasets are in the first of them, too.
+        self._files = Path(config.directory).parents[2]
 
     def run(self) -> int:
         """Run the task to its end and leave nothing behind."""
@@ -395,7 +397,7 @@ class Launcher:
         if now >= self._measure_next and self._ranks:
             running = [pid for pid in limits.descendants(os.getpid()) if pid not in below]
             began = time.process_time()
-            self._memory_bytes = limits.memory_of_all(running)
+            self._memory_bytes = limits.memory_of_all(running, self._files)
             # The kernel walks all pages meanwhile, and holds up who wants more: seldom for the large.
             pause = (time.process_time() - began) / WATCH_SHARE
             longest = MEMORY_SECONDS if self._config.user_code else LAST_MEMORY_SECONDS

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import re
 import resource
 import signal
 import time
@@ -30,6 +31,8 @@ SWEEPS = 20
 SWEEP_PAUSE_SECONDS = 0.05
 MAX_FILE_BYTES = 64 * 1024**3
 MAX_OPEN_FILES = 4096
+
+_KEPT = re.compile(rb"^(Private_Clean|Private_Dirty|Anonymous): +(\d+) kB", re.MULTILINE)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -98,9 +101,34 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def memory_of_all(pids: Iterable[int]) -> int:
-    """Return the bytes that processes have for themselves, together."""
-    return sum(memory_of(pid) for pid in pids)
+def memory_of_all(pids: Iterable[int], files: Path | None = None) -> int:
+    """Return the bytes that processes have for themselves, together.
+
+    Args:
+        pids: The processes.
+        files: Files below it that are mapped, such as rows of datasets, are not counted: the kernel gives
+            their pages up where memory is short.
+    """
+    return sum(max(0, memory_of(pid) - (mapped_of(pid, files) if files else 0)) for pid in pids)
+
+
+def mapped_of(pid: int, files: Path) -> int:
+    """Return the bytes that only this process has in memory of files below a folder; 0 if it is gone."""
+    folder = f"/{files.absolute().as_posix().strip('/')}/".encode()
+    total = 0
+    with contextlib.suppress(OSError):
+        # The short list first: most processes map none.
+        if folder not in Path(f"/proc/{pid}/maps").read_bytes():
+            return 0
+        text = Path(f"/proc/{pid}/smaps").read_bytes()
+        at = text.find(folder)
+        while at >= 0:
+            end = text.find(b"VmFlags:", at)
+            # What was written to a private mapping is no page of the file any more.
+            kept = {name: int(size) * 1024 for name, size in _KEPT.findall(text, at, end)}
+            total += kept.get(b"Private_Clean", 0) + kept.get(b"Private_Dirty", 0) - kept.get(b"Anonymous", 0)
+            at = text.find(folder, end) if end >= 0 else -1
+    return max(0, total)
 
 
 def tasks_of_all(pids: Iterable[int]) -> int:

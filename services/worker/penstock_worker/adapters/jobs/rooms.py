@@ -14,6 +14,7 @@ from penstock.registry.v1 import artifact_pb2
 from penstock_kit.errors import Unavailable
 from penstock_kit.threads import in_thread
 from penstock_worker.adapters.jobs.checkpoints import PART_FILE, CheckpointStore, join
+from penstock_worker.adapters.jobs.config import DECODED
 from penstock_worker.adapters.jobs.registry import JobRegistry
 from penstock_worker.adapters.jobs.uploads import Spawn, Uploads, checkpoint_artifact, writing_of
 from penstock_worker.domain.checkpoint import Choice, Writing
@@ -168,3 +169,6 @@ class JobRooms:
                     idle.append((path.stat().st_mtime, path))
         for _, path in sorted(idle)[:-KEPT_ROOMS]:
             shutil.rmtree(path, ignore_errors=True)
+        for _, path in idle:
+            for left in path.glob(f"*/{DECODED}"):
+                shutil.rmtree(left, ignore_errors=True)

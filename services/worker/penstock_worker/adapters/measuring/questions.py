@@ -13,7 +13,8 @@ from penstock_worker.adapters.data import OpenedDataset, Part
 from penstock_worker.adapters.measuring.rows import inputs_of
 from penstock_worker.adapters.training.architectures import Blueprint
 from penstock_worker.adapters.training.rows import TokenWindows
-from penstock_worker.adapters.training.texts import encode_padded, encode_stream, load_tokenizer
+from penstock_worker.adapters.training.texts import encode_padded, load_tokenizer
+from penstock_worker.adapters.training.tokens import stream_of
 
 
 class Questions(Protocol):
@@ -96,7 +97,8 @@ class TextQuestions:
         self._length = int(Blueprint.load(directory).parameters["length"])
         self._windows: TokenWindows | None = None
         if self.task == "language_model":
-            tokens = encode_stream(self._tokenizer, part.all().texts)
+            which = "train" if part is dataset.train else "held_out"
+            tokens = stream_of(dataset.shared, f"{dataset.key}-{which}", self._tokenizer, part.texts)
             self._windows = TokenWindows(tokens, self._length, torch.device("cpu"))
 
     def __len__(self) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -26,19 +28,28 @@ from penstock_worker.adapters.training.objective import (
     named_weights,
 )
 from penstock_worker.adapters.training.rebuild import rebuild
-from penstock_worker.adapters.training.rows import PartRows, Rows, TensorRows, TokenWindows, model_inputs
-from penstock_worker.adapters.training.scores import ClassScore, NumberScore, Score, TokenScore
-from penstock_worker.adapters.training.texts import (
-    encode_padded,
-    encode_stream,
-    load_tokenizer,
-    make_tokenizer,
+from penstock_worker.adapters.training.rows import (
+    PartRows,
+    Rows,
+    TensorRows,
+    TokenRows,
+    TokenWindows,
+    model_inputs,
 )
+from penstock_worker.adapters.training.scores import ClassScore, NumberScore, Score, TokenScore
+from penstock_worker.adapters.training.texts import TOKENIZER_FILE, load_tokenizer, make_tokenizer
+from penstock_worker.adapters.training.tokens import padded_of, stream_of
 from penstock_worker.usecases.job_context import JobFailure
 
-# Bytes of rows that are kept as tensors, ready; more are made batch by batch.
-_READY_BYTES = 2**30
+# Bytes of rows that are kept ready to be computed with; more are made batch by batch. On a CPU they would be
+# in memory twice, and once more for each rank, so only what is nothing beside torch itself: those are the
+# small datasets whose steps are so short that making a batch shows (a fifth of a linear model's).
+_READY_BYTES = {"cpu": 2**24}
+_READY_BYTES_ELSEWHERE = 2**30
+# Rows that statistics are taken of at once, and their bytes.
 _CHUNK = 4096
+_CHUNK_BYTES = 8 << 20
+_STATISTICS = "statistics.npz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,7 @@ class Prepared:
         objective: The loss.
         score: What is measured.
         state: Weights and statistics to begin with, by name, on the CPU in fp32.
-        bytes: Of the rows that are kept ready.
+        bytes: Of the rows that this rank keeps for itself.
     """
 
     blueprint: Blueprint
@@ -167,7 +178,12 @@ def _descendant(origin: Blueprint, opened: OpenedDataset) -> Blueprint:
 
 def _tokenizer(opened: OpenedDataset, plan: Plan) -> Tokenizer:
     parameters = _architecture(opened, plan).parameters
-    return make_tokenizer(parameters["tokenizer"], parameters["vocabulary"], opened.train.all().texts)
+    kind, vocabulary = parameters["tokenizer"], parameters["vocabulary"]
+
+    def write(directory: Path) -> None:
+        make_tokenizer(kind, vocabulary, opened.train.texts).save(str(directory / TOKENIZER_FILE))
+
+    return load_tokenizer(opened.shared.once(f"tokenizer-{opened.key}-{kind}-{vocabulary}", write))
 
 
 def _architecture(opened: OpenedDataset, plan: Plan) -> Named:
@@ -210,11 +226,8 @@ def _rows(
     """Return both parts, and the bytes that they keep."""
     if tokenizer is not None:
         return _token_rows(opened, blueprint, tokenizer, device)
-    width = 4
-    for size in blueprint.input_shape:
-        width *= size
-    total = width * (len(opened.train) + len(opened.held_out))
-    if total > _READY_BYTES:
+    total = _row_bytes(blueprint) * (len(opened.train) + len(opened.held_out))
+    if total > _READY_BYTES.get(device.type, _READY_BYTES_ELSEWHERE):
         return (
             PartRows(opened.train, blueprint.inputs, device),
             PartRows(opened.held_out, blueprint.inputs, device),
@@ -227,13 +240,17 @@ def _rows(
     return parts[0], parts[1], total
 
 
+def _row_bytes(blueprint: Blueprint) -> int:
+    return 4 * math.prod(blueprint.input_shape)
+
+
 def _token_rows(
     opened: OpenedDataset, blueprint: Blueprint, tokenizer: Tokenizer, device: torch.device
 ) -> tuple[Rows, Rows, int]:
     length = int(blueprint.parameters["length"])
     if opened.task == "language_model":
         windows = [
-            TokenWindows(encode_stream(tokenizer, part.all().texts), length, device)
+            TokenWindows(_stream(opened, tokenizer, part), length, device)
             for part in (opened.train, opened.held_out)
         ]
         for name, part in zip(("to learn from", "held out"), windows, strict=True):
@@ -243,12 +260,23 @@ def _token_rows(
                     "smaller length in architecture_parameters.",
                     "INVALID_DATA",
                 )
-        return windows[0], windows[1], 8 * length * sum(len(part) for part in windows)
-    found = [
-        TensorRows(encode_padded(tokenizer, batch.texts, length), batch.targets, device)
-        for batch in (opened.train.all(), opened.held_out.all())
-    ]
+        own = device.type != "cpu"
+        return windows[0], windows[1], 4 * length * sum(len(part) for part in windows) * own
+    parts = (opened.train, opened.held_out)
+    tokens = [padded_of(opened.shared, _key(opened, part), tokenizer, part.texts, length) for part in parts]
+    targets = [part.targets for part in parts]
+    if device.type == "cpu":
+        return TokenRows(tokens[0], targets[0]), TokenRows(tokens[1], targets[1]), 0
+    found = [TensorRows(*both, device) for both in zip((ids.long() for ids in tokens), targets, strict=True)]
     return found[0], found[1], 8 * sum(rows.inputs.numel() for rows in found)
+
+
+def _key(opened: OpenedDataset, part: Part) -> str:
+    return f"{opened.key}-{'train' if part is opened.train else 'held_out'}"
+
+
+def _stream(opened: OpenedDataset, tokenizer: Tokenizer, part: Part) -> torch.Tensor:
+    return stream_of(opened.shared, _key(opened, part), tokenizer, part.texts)
 
 
 def _objective(opened: OpenedDataset, plan: Plan, blueprint: Blueprint, device: torch.device) -> Objective:
@@ -272,9 +300,9 @@ def _deviation(targets: torch.Tensor) -> float:
 
 def _score(opened: OpenedDataset, tokenizer: Tokenizer | None, objective: Objective) -> Score:
     if opened.task == "language_model" and tokenizer is not None:
-        texts = opened.held_out.all().texts
+        texts = opened.held_out.texts
         characters = sum(len(text.encode()) for text in texts)
-        tokens = len(encode_stream(tokenizer, texts))
+        tokens = len(_stream(opened, tokenizer, opened.held_out))
         return TokenScore(objective, (characters + len(texts)) / max(1, tokens))
     if opened.classes:
         return ClassScore(objective, len(opened.classes))
@@ -306,8 +334,17 @@ def _fit(model: Chain, opened: OpenedDataset, blueprint: Blueprint) -> None:
             raise TypeError(
                 f"the first block of {blueprint.architecture} for rows of {shape} standardizes nothing"
             )
-        chunks = (chunk if arrange is None else arrange(chunk) for chunk in _chunks(opened.train, blueprint))
-        layer.fit(*_statistics(chunks, by_channel=arrange is not None))
+
+        def write(directory: Path) -> None:
+            chunks = _chunks(opened.train, blueprint)
+            arranged = chunks if arrange is None else (arrange(chunk) for chunk in chunks)
+            mean, deviation = _statistics(arranged, by_channel=arrange is not None)
+            np.savez(directory / _STATISTICS, mean=mean.numpy(), deviation=deviation.numpy())
+
+        way = "channels" if arrange is not None else "features"
+        # A pass over all rows: one rank of the node makes it.
+        found = np.load(opened.shared.once(f"statistics-{opened.key}-{way}", write) / _STATISTICS)
+        layer.fit(torch.from_numpy(found["mean"]), torch.from_numpy(found["deviation"]))
     if opened.target_dtype == torch.float32:
         _fit_head(model, opened)
 
@@ -320,8 +357,9 @@ def _fit_head(model: Chain, opened: OpenedDataset) -> None:
 
 
 def _chunks(part: Part, blueprint: Blueprint) -> Iterator[torch.Tensor]:
-    for start in range(0, len(part), _CHUNK):
-        batch = part.batch(torch.arange(start, min(start + _CHUNK, len(part))))
+    step = max(1, min(_CHUNK, _CHUNK_BYTES // _row_bytes(blueprint)))
+    for start in range(0, len(part), step):
+        batch = part.batch(torch.arange(start, min(start + step, len(part))))
         yield model_inputs(batch.inputs, blueprint.inputs)
 
 

@@ -54,7 +54,7 @@ class TensorRows:
 
 
 class PartRows:
-    """Rows of a dataset that would be too large as ready tensors: made batch by batch.
+    """Rows of a dataset as it lies in the memory that all ranks of the node share, made batch by batch.
 
     Args:
         part: Of a dataset.
@@ -86,11 +86,30 @@ def model_inputs(
     return torch.cat([found[name].flatten(1) for name, _ in inputs], dim=1)
 
 
+class TokenRows:
+    """Texts as token ids of one length, which lie as `PartRows` do.
+
+    Args:
+        tokens: int32 [N, T].
+        targets: [N].
+    """
+
+    def __init__(self, tokens: torch.Tensor, targets: torch.Tensor) -> None:
+        self._tokens, self._targets = tokens, targets
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens int64 [B, T] and targets [B]."""
+        return self._tokens.index_select(0, indices).long(), self._targets.index_select(0, indices)
+
+
 class TokenWindows:
     """Windows of one stream of tokens, each the question for the token that comes next at every place.
 
     Args:
-        tokens: int64 [M].
+        tokens: int32 or int64 [M].
         length: Tokens of a window (T); windows do not overlap, and what is left at the end is not used.
         device: Where they are kept.
     """
@@ -107,5 +126,5 @@ class TokenWindows:
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return tokens [B, T] and those that follow them [B, T]."""
         starts = indices.to(self._device, non_blocking=True) * self._length
-        windows = self._tokens[starts[:, None] + self._offsets]
+        windows = self._tokens[starts[:, None] + self._offsets].long()
         return windows[:, :-1], windows[:, 1:]
