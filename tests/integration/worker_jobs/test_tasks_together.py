@@ -52,12 +52,17 @@ def other_node(elsewhere: World, tmp_path: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.parametrize("uploads", ["slow", "never"])
 async def test_two_tasks_go_on_from_a_checkpoint_of_both_when_a_rank_of_one_is_killed(
-    world: World, run_agent, artifacts: ArtifactCaller, tmp_path: Path
+    world: World, run_agent, registry: Registry, tmp_path: Path, uploads: str
 ) -> None:
     trace = tmp_path / "trace"
     async with run_agent(torch=True):
         names = await both(world, job("together", to=60, every=INTERVAL, trace=trace))
+        # A checkpoint comes each 50 ms, and its upload takes longer: the kill always meets one.
+        await until(lambda: any(step >= 3 for step, *_ in together(trace)))
+        if uploads == "never":
+            await registry.app.server.stop(0)
         await until(lambda: any(step >= 12 for step, *_ in together(trace)))
         kill(next(pid for _, rank, pid, _ in reversed(together(trace)) if rank == 1))
         seen = await world.task_state(names[0], "SUCCEEDED")
