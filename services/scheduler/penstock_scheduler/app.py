@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
+from datetime import timedelta
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -49,6 +50,7 @@ from penstock_scheduler.usecases.job_canaries import JobCanaries
 from penstock_scheduler.usecases.job_events import EventIntake, JobEvents
 from penstock_scheduler.usecases.job_queue import JobQueueIntake
 from penstock_scheduler.usecases.job_results import JobResults
+from penstock_scheduler.usecases.job_retention import JobRetention, Retention
 from penstock_scheduler.usecases.jobs import Jobs
 from penstock_scheduler.usecases.measurements import MeasurementFollower
 from penstock_scheduler.usecases.nodes import Nodes
@@ -154,6 +156,12 @@ class Scheduler:
             scheduler_service_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
         )
         jobs = Jobs(works, registry, registry, self._wake, queue, self._reconciler.jobs)
+        self.retention = JobRetention(
+            works,
+            jobs,
+            Retention(_days(settings.job_details_days), _days(settings.jobs_days)),
+            lambda: self._reconciler.leading,
+        )
         self._server.add(
             job_service_pb2_grpc.add_JobServiceServicer_to_server,
             JobServicer(jobs, JobEvents(works, jobs)),
@@ -216,6 +224,7 @@ class Scheduler:
         self._tasks.run_forever("queue of jobs", self._queue.run)
         self._tasks.run_forever("events of jobs", self._intake.run)
         self._tasks.run_forever("results of jobs", self._results.run)
+        self._tasks.run_forever("jobs of long ago", self.retention.run)
 
     async def _prepare(self) -> bool:
         """Waits for a database with the right schema; whoever deploys may migrate it meanwhile."""
@@ -239,6 +248,10 @@ class Scheduler:
         while True:
             generation, healthy = await self._reconciler.healthy.newer(generation)
             await self._server.set_serving(healthy)
+
+
+def _days(count: float) -> timedelta | None:
+    return timedelta(days=count) if count else None
 
 
 def _say_unreachable(error: Unavailable) -> None:

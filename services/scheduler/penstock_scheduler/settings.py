@@ -50,6 +50,17 @@ class SchedulerSettings(ServiceSettings):
         1.0, gt=0, description="How often the registry is asked where aliases point"
     )
 
+    job_details_days: float = Field(
+        30.0,
+        ge=0,
+        description="Logs, curves and checkpoints of jobs are deleted so long after their end; 0 keeps them",
+    )
+    jobs_days: float = Field(
+        365.0,
+        ge=0,
+        description="Jobs are deleted so long after their end, their results stay; 0 keeps them",
+    )
+
     @field_validator("join_token", mode="before")
     @classmethod
     def _parse_tokens(cls, value: object) -> object:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from penstock.scheduler.v1 import job_pb2, job_service_pb2
+from penstock_kit.errors import NotFound
 from penstock_kit.queue.address import Address
 from penstock_kit.queue.connection import Connection
 from penstock_kit.queue.keys import JOB_EVENT_FIELD, JOB_EVENTS
@@ -19,6 +20,9 @@ from penstock_scheduler.domain.job import EventKind
 
 TASK = "jobs/fit/tasks/0"
 PATIENCE_SECONDS = 60.0
+CHECKPOINT = "artifacts/fit-checkpoint/versions/1"
+AN_INSTANT = 1e-9
+"""Days that are over by the time that anybody looks."""
 
 
 class Sender:
@@ -131,7 +135,7 @@ async def test_a_watch_gives_all_events_and_ends_with_the_job(running: Any, send
             seen.append(event.number)  # noqa: PERF401 - the test looks at it meanwhile
 
     watching = asyncio.create_task(watch())
-    checkpoint = job_pb2.CheckpointNote(step=5, artifact="artifacts/fit-checkpoint/versions/1")
+    checkpoint = job_pb2.CheckpointNote(step=5, artifact=CHECKPOINT)
     first = job_pb2.JobEvent(task=TASK, number=1, checkpoint=checkpoint)
     await sender.send(first)
     await running.eventually(lambda: seen == [1], "the first has come")
@@ -145,7 +149,7 @@ async def test_a_watch_gives_all_events_and_ends_with_the_job(running: Any, send
     assert seen == [1, 2, 3]
     assert (await client.job()).state == job_pb2.JOB_STATE_SUCCEEDED
     await client.jobs.DeleteJob(job_service_pb2.DeleteJobRequest(name="jobs/fit"))
-    assert running.registry.deleted == ["artifacts/fit-checkpoint/versions/1"]
+    assert running.registry.deleted == [CHECKPOINT]
 
 
 async def test_a_log_without_end_is_cut_off_and_says_so(
@@ -229,3 +233,50 @@ async def test_a_page_of_long_lines_ends_before_it_is_too_large_to_send(running:
         numbers += [event.number for event in page.events]
         more = page.more
     assert numbers == list(range(1, 1201))
+
+
+async def end_with_a_checkpoint(running: Any, sender: Sender) -> Any:
+    client = running.client()
+    checkpoint = job_pb2.CheckpointNote(step=5, artifact=CHECKPOINT)
+    await sender.send(line(1), metrics(2, 0.5), job_pb2.JobEvent(task=TASK, number=3, checkpoint=checkpoint))
+    running.runner.works = lambda spec: None
+    running.runner.say_task(TASK, "SUCCEEDED", last_event=3, results=["models/digits/versions/2"])
+    await client.until_job("SUCCEEDED")
+    return client
+
+
+async def test_a_job_of_long_ago_loses_its_events_and_checkpoints_and_keeps_the_rest(
+    running: Any, sender: Sender
+) -> None:
+    client = await end_with_a_checkpoint(running, sender)
+    await running.scheduler.retention.step()
+    assert len(await events_of(client)) == 3
+    await running.stop()
+    scheduler = await running.start(job_details_days=AN_INSTANT)
+    await client.until_job("SUCCEEDED")  # once it answers
+    await scheduler.retention.step()
+    assert await events_of(client) == []
+    assert running.registry.deleted == [CHECKPOINT]
+    kept = await client.job()
+    assert (dict(kept.metrics), kept.last_event) == ({"train/loss": 0.5}, 3)
+    assert list(kept.results) == ["models/digits/versions/2"]
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        watch = client.jobs.WatchJobEvents(job_service_pb2.WatchJobEventsRequest(name="jobs/fit"))
+        assert [event async for event in watch] == []
+    assert not await scheduler.retention.step()
+    assert running.registry.deleted == [CHECKPOINT]
+
+
+async def test_a_job_of_very_long_ago_is_deleted_and_what_runs_or_was_made_stays(
+    running: Any, sender: Sender
+) -> None:
+    client = await end_with_a_checkpoint(running, sender)
+    await client.create_job("other")
+    await running.stop()
+    scheduler = await running.start(job_details_days=0, jobs_days=AN_INSTANT)
+    await client.until_job("SUCCEEDED")  # once it answers
+    await scheduler.retention.step()
+    with pytest.raises(NotFound):
+        await client.job()
+    assert not (await client.job("other")).HasField("end_time")
+    assert running.registry.deleted == [CHECKPOINT]

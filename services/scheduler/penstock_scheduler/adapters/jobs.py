@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import and_, delete, insert, or_, select, text, tuple_, update
+from sqlalchemy import and_, delete, exists, func, insert, or_, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -24,6 +24,7 @@ from penstock_scheduler.adapters.job_mapping import (
     task_values,
 )
 from penstock_scheduler.adapters.rows import (
+    JobEventRow,
     JobNameRow,
     JobRow,
     TaskAllocationDeviceRow,
@@ -222,16 +223,32 @@ class SqlJobs:
 
     async def remove(self, job: Job) -> None:
         """See `JobStore.remove`."""
-        statement = upsert(JobNameRow).values(id=job.id, tasks_made=job.tasks_made)
-        await self._session.execute(
-            statement.on_conflict_do_update(index_elements=["id"], set_={"tasks_made": job.tasks_made})
-        )
+        values = {"tasks_made": job.tasks_made, "delete_time": func.now()}
+        statement = upsert(JobNameRow).values(id=job.id, **values)
+        await self._session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=values))
         await self._session.execute(delete(JobRow).where(JobRow.id == job.id))
 
     async def checkpoints(self, job: Job) -> Sequence[str]:
         """See `JobStore.checkpoints`."""
         found = await self._session.scalar(select(JobRow.checkpoints).where(JobRow.id == job.id))
         return list(found or ())
+
+    async def ended_for(self, age: timedelta, limit: int, *, detailed: bool) -> Sequence[str]:
+        """See `JobStore.ended_for`."""
+        query = select(JobRow.id).where(JobRow.end_time < func.least(func.now(), datetime.now(UTC)) - age)
+        if detailed:
+            has_events = exists().where(JobEventRow.job == JobRow.id)
+            query = query.where(or_(JobRow.checkpoints != [], has_events))
+        return list(await self._session.scalars(query.order_by(JobRow.end_time).limit(limit)))
+
+    async def forget_details(self, job: Job) -> None:
+        """See `JobStore.forget_details`."""
+        await self._session.execute(delete(JobEventRow).where(JobEventRow.job == job.id))
+        await self._session.execute(update(JobRow).where(JobRow.id == job.id).values(checkpoints=[]))
+
+    async def forget_names(self, age: timedelta) -> None:
+        """See `JobStore.forget_names`."""
+        await self._session.execute(delete(JobNameRow).where(JobNameRow.delete_time < func.now() - age))
 
     async def view(self, job_id: str) -> JobView | None:
         """See `JobStore.view`."""

@@ -265,6 +265,7 @@ class JobNameRow(Base):
     __tablename__ = "job_names"
     id: Mapped[Key]
     tasks_made: Mapped[Int]
+    delete_time: Mapped[Time]
 
 
 class TaskRow(Base):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Protocol
 
 from penstock_scheduler.domain.job import EventKind, Job, JobState, Task
@@ -126,6 +126,18 @@ class JobStore(Protocol):
 
     async def checkpoints(self, job: Job) -> Sequence[str]:
         """Names of its checkpoints at the registry, as its events have them."""
+
+    async def ended_for(self, age: timedelta, limit: int, *, detailed: bool) -> Sequence[str]:
+        """Ids of jobs that ended so long ago, oldest first; with `detailed` those with details to forget.
+
+        A clock that is ahead does no harm: the database's must agree.
+        """
+
+    async def forget_details(self, job: Job) -> None:
+        """Forgets the events of one that has ended, and the names of its checkpoints."""
+
+    async def forget_names(self, age: timedelta) -> None:
+        """Forgets the names of jobs that were deleted so long ago."""
 
     async def view(self, job_id: str) -> JobView | None:
         """One as callers see it."""

@@ -166,17 +166,38 @@ class Jobs:
             job = await self._ended(work, job_id)
             names = {*job.leftovers, *await work.jobs.checkpoints(job)} - set(job.results)
         # First what only the job knows of, outside of transactions; a second try finds it gone.
-        for name in sorted(names):
-            try:
-                await self._results.delete(name, job_id)
-            except (FailedPrecondition, InvalidArgument) as error:
-                log.warning("what job %s left behind, %s, stays: %s", job_id, name, error)
+        await self._delete_made(job_id, names)
         async with self._works() as work:
             again = await self._ended(work, job_id)
             if again.create_time == job.create_time:
                 await work.jobs.remove(again)
                 await work.commit()
         await self._say_changed(job_id)
+
+    async def forget_details(self, job_id: str) -> None:
+        """Removes the events and checkpoints of a job that has ended. The job and its results stay.
+
+        Raises:
+            NotFound: there is none of that name.
+            FailedPrecondition: it has not ended.
+            Unavailable: the registry or the database cannot be reached; they stay.
+        """
+        async with self._works() as work:
+            job = await self._ended(work, job_id)
+            names = set(await work.jobs.checkpoints(job)) - set(job.results)
+        await self._delete_made(job_id, names)
+        async with self._works() as work:
+            again = await self._ended(work, job_id)
+            if again.create_time == job.create_time:
+                await work.jobs.forget_details(again)
+                await work.commit()
+
+    async def _delete_made(self, job_id: str, names: Collection[str]) -> None:
+        for name in sorted(names):
+            try:
+                await self._results.delete(name, job_id)
+            except (FailedPrecondition, InvalidArgument) as error:
+                log.warning("what job %s left behind, %s, stays: %s", job_id, name, error)
 
     async def _say_changed(self, job_id: str) -> None:
         self._wakeup.wake()
