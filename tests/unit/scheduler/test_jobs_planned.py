@@ -323,3 +323,39 @@ def test_the_end_comes_as_soon_as_the_events_are_stored() -> None:
     world.snapshot = replace(world.snapshot, tasks={task.id: replace(task, stored_event=7)})
     world.step()
     assert world.job().state is JobState.SUCCEEDED
+
+
+def test_a_job_that_went_on_smaller_grows_again_when_its_node_is_back_and_it_counts_as_no_restart() -> None:
+    world = JobWorld(node("n1", 0.5), node("n2", 0.5), node("n3", 0.5))
+    world.submit(tasks=3, least=2)
+    world.until(JobState.RUNNING)
+    world.lose("n3")
+    for _ in range(30):
+        world.step()
+    assert world.job().state is JobState.RUNNING
+    assert (len(world.tasks()), world.job().attempt) == (2, 2)
+    world.find("n3")
+    for _ in range(100):
+        world.step()
+    assert world.job().attempt == 2, "not before it has worked for a while"
+    for _ in range(100):
+        world.step()
+    assert world.job().state is JobState.RUNNING
+    assert (len(world.tasks()), world.job().attempt) == (3, 3)
+    assert (world.job().restarts, world.job().losses) == (0, 1)
+    assert not world.step()
+
+
+def test_a_job_that_went_on_smaller_stays_so_while_another_waits_or_there_is_no_room() -> None:
+    world = JobWorld(node("n1", 0.5), node("n2", 0.5), node("n3", 0.5))
+    world.submit(tasks=3, least=2)
+    world.until(JobState.RUNNING)
+    world.lose("n3")
+    for _ in range(300):
+        world.step()
+    assert world.job().attempt == 2
+    world.submit("wide", tasks=3)
+    world.find("n3")
+    for _ in range(30):
+        world.step()
+    assert (world.job().attempt, world.job("wide").state) == (2, JobState.QUEUED)

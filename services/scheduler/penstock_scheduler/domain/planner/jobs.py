@@ -31,6 +31,7 @@ UNKNOWN_FAILURE = "FAILED"
 AGENT_RESTARTED = "AGENT_RESTARTED"
 """An agent's word for a task that cannot go on because the agent itself was ended."""
 
+GROWS = "it starts again with more of its tasks, for which there is room now."
 FINALIZING = "Its results are being made final."
 LONGEST_BACK_OFF = timedelta(seconds=60)
 _NOTHING = RegistryWord()
@@ -43,12 +44,15 @@ class JobPolicy:
     Attributes:
         start_seconds: an agent that is connected takes up a new task within so long, or it never will.
         checkpoint_seconds: a task that makes room ends within so long, or it is ended.
+        grow_seconds: a job that goes on with fewer tasks than it asked for runs for so long before it starts
+            again with more, for which there is room by then.
         events_seconds: the events of a task that has ended are waited for so long; agents send what was lost
             again after 10 s.
     """
 
     start_seconds: float = 30.0
     checkpoint_seconds: float = 60.0
+    grow_seconds: float = 180.0
     events_seconds: float = 15.0
 
 
@@ -106,6 +110,20 @@ class JobDraft:
     def waiting(self) -> list[Job]:
         """The jobs that wait for a place and whose turn has come."""
         return [job for job in self.jobs.values() if not job.cancelling and job.waits(self._now)]
+
+    def smaller(self) -> list[Job]:
+        """The jobs that have run for long enough with fewer tasks than they asked for."""
+        since = self._now - timedelta(seconds=self._policy.grow_seconds)
+        return [
+            job
+            for job in self.jobs.values()
+            if job.gang.least < job.gang.tasks
+            and job.state is JobState.RUNNING
+            and not job.cancelling
+            and job.placed_time is not None
+            and job.placed_time <= since
+            and len(self.tasks_of(job.id)) < job.gang.tasks
+        ]
 
     # -- stages, in order -------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from penstock_scheduler.domain.deployment import Deployment
-from penstock_scheduler.domain.job import JobState
+from penstock_scheduler.domain.job import Job, JobState
 from penstock_scheduler.domain.node import Node
 from penstock_scheduler.domain.planner import gangs, rank
 from penstock_scheduler.domain.planner.accounts import Accounts
@@ -141,6 +141,13 @@ class Placer:
         waiting = self._scene.jobs.waiting()
         future = self.future()
         return gangs.place(self._fleet, waiting, self._accounts, future)
+
+    def has_room_for_more(self, job: Job) -> bool:
+        """Whether another task of a job that runs would find a place."""
+        need = gangs.need_of(job.gang)
+        least = self._accounts.least_charge(job.gang.resources)
+        usages = (self._fleet.usages[row] for row in self._fleet.rows(need))
+        return gangs.room_for(usages, need, 1) > 0 and self._accounts.may_hold(job.project, least)
 
     # -- helpers ----------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from penstock_scheduler.domain.planner import drains, judge
 from penstock_scheduler.domain.planner.ensembles import Obstacles, obstacles
 from penstock_scheduler.domain.planner.feasible import Need, Placement, Usage, usage_of
 from penstock_scheduler.domain.planner.fleet import Fleet
-from penstock_scheduler.domain.planner.jobs import DEFAULT_JOB_POLICY, JobDraft, JobPolicy
+from penstock_scheduler.domain.planner.jobs import DEFAULT_JOB_POLICY, GROWS, JobDraft, JobPolicy
 from penstock_scheduler.domain.planner.measure import measured
 from penstock_scheduler.domain.planner.placing import Placer, Scene
 from penstock_scheduler.domain.planner.snapshot import Group, Snapshot, groups_of
@@ -259,20 +259,9 @@ class _Draft:
         unsettled = [self._replicas[id_] for id_ in sorted(self._unsettled)]
         waiting = [r for r in unsettled if r.state is ReplicaState.PENDING]
         if not waiting and not any(r.surge for r in unsettled) and not self._jobs.waiting():
+            self._grow()
             return
-        placer = Placer(
-            Scene(
-                self._nodes,
-                self._deployments,
-                self._replicas,
-                self._snapshot.replicas,
-                self._asked,
-                self._jobs,
-                self._snapshot.projects,
-                self._need,
-            ),
-            Fleet(self._usage(node) for node in self._nodes.values()),
-        )
+        placer = self._placer()
         places = placer.replicas(waiting)
         for id_ in places.settled:
             self._write(replace(self._replicas[id_], surge=False))
@@ -286,6 +275,29 @@ class _Draft:
             for job, seats in seating.places.items():
                 self._jobs.seat(job, seats)
             self._jobs.explain(seating.reasons)
+
+    def _grow(self) -> None:
+        """Where nothing waits: has a job that goes on with fewer tasks than it asked for start with more."""
+        smaller = self._jobs.smaller()
+        if not smaller or self._draining:
+            return
+        placer = self._placer()
+        growing = next((job for job in smaller if placer.has_room_for_more(job)), None)
+        if growing is not None:  # One at a time: it may take the room of others.
+            self._jobs.make_room(growing.id, GROWS)
+
+    def _placer(self) -> Placer:
+        scene = Scene(
+            self._nodes,
+            self._deployments,
+            self._replicas,
+            self._snapshot.replicas,
+            self._asked,
+            self._jobs,
+            self._snapshot.projects,
+            self._need,
+        )
+        return Placer(scene, Fleet(self._usage(node) for node in self._nodes.values()))
 
     def follow_drains(self) -> None:
         """Says of every node that is being drained what still keeps replicas there."""
