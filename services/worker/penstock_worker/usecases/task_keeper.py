@@ -29,8 +29,11 @@ KILL_SECONDS = 10.0
 """How long the end of killed processes may take."""
 GRACE_MARGIN_SECONDS = 2.0
 """The launcher knows the grace, and kills what is left then; so long after that it is killed itself."""
+TURN_SECONDS = 180.0
+"""How long a task waits before it starts: for one before it to end here, for task 0 to say where to meet."""
 MAX_LAUNCHER_DEATHS = 3
 LAUNCHER_LOST = "LAUNCHER_LOST"
+NOT_STARTED = "NOT_STARTED"
 AGENT_RESTARTED = "AGENT_RESTARTED"
 """The scheduler knows this word: it costs the job an attempt, but counts for no failure."""
 
@@ -41,9 +44,11 @@ class TaskPolicy:
 
     Attributes:
         grace_seconds: How long a task may take to write a checkpoint and end, its upload included.
+        turn_seconds: How long it waits for its turn to start.
     """
 
     grace_seconds: float = 10.0
+    turn_seconds: float = TURN_SECONDS
 
 
 class TaskKeeper:
@@ -149,16 +154,16 @@ class TaskKeeper:
             self._conclude(End(EndKind.FAILED, str(error), error.reason.name, permanent=True))
             return
         try:
-            await self._until_others_ended()
-            if self._ending.is_set():
+            await self._in_time(self._until_others_ended())
+            if self._end is not None or self._ending.is_set():
                 return
             run = self._run = await self._host.admit(self.desired, self._changed)
             if run.resumed and self._leads_others:
                 # An agent before this one ran it: the store where the ranks of all tasks meet died with it.
                 self._conclude(End(EndKind.FAILED, "Its agent was restarted.", AGENT_RESTARTED))
                 return
-            await self._until_meeting_place()
-            while not self._ending.is_set():
+            await self._in_time(self._until_meeting_place())
+            while self._end is None and not self._ending.is_set():
                 await self._unless_ending(run.start(self.desired))
                 end = await self._watch(run) if run.pid or run.exit else End(EndKind.STOPPED)
                 if end is None:
@@ -167,6 +172,15 @@ class TaskKeeper:
                 return
         except PenstockError as error:
             self._conclude(End(EndKind.FAILED, str(error), error.reason.name))
+
+    async def _in_time(self, turn: Coroutine[Any, Any, None]) -> None:
+        """Wait for its turn; one that does not come ends the task, and the scheduler tries anew."""
+        try:
+            async with asyncio.timeout(self._policy.turn_seconds):
+                await turn
+        except TimeoutError:
+            words = f"It did not start within {self._policy.turn_seconds:g} s. {self._message}"
+            self._conclude(End(EndKind.FAILED, words.rstrip(), NOT_STARTED))
 
     async def _until_others_ended(self) -> None:
         """Wait for the attempts before this one to end here: they write into the same directory."""

@@ -309,7 +309,8 @@ class Launcher:
                 self._kill_ranks()
                 self._send_group({"op": "stopped"})
             case "rendezvous":
-                self._line.note("rendezvous", address=message["address"])
+                # A call: were it lost, all other tasks would wait.
+                self._line.call("rendezvous", address=message["address"])
             case "say":
                 self._say(message["text"])
             case "end" if self._stop_deadline is None:

@@ -117,9 +117,6 @@ class TaskClerk:
                 self._changed()
             case "checkpoint":
                 self._note_checkpoint(int(fields["step"]), "")
-            case "rendezvous":
-                self.rendezvous = str(fields["address"])
-                self._changed()
             case "memory":
                 self.memory_bytes = int(fields["bytes"])
 
@@ -168,6 +165,10 @@ class TaskClerk:
                 return {}
             case "report":
                 self.report = base64.b64decode(fields["report"])
+                return {}
+            case "rendezvous":
+                self.rendezvous = str(fields["address"])
+                self._changed()
                 return {}
             case "end":
                 self._ends[generation][rank] = End.from_fields(fields["end"])
