@@ -57,6 +57,8 @@ WARMTH = "penstock_worker.adapters.forkserver.warmth"
 RUNTIMES_GROUP = "penstock.runtimes"
 JOBS_GROUP = "penstock.jobs"
 PYTHON_RUNTIME = "python"
+# What a node that takes programs of users calls that among its runtimes.
+SCRIPT_RUNTIME = "script"
 LOCK_MARGIN_SECONDS = 15.0
 
 
@@ -180,7 +182,10 @@ async def agent(
                 instance(),
             ),
             capacity,
-            lambda: tuple(name for name, module in runtimes.items() if forks.preloaded.get(module) == ""),
+            lambda: (
+                *(name for name, module in runtimes.items() if forks.preloaded.get(module) == ""),
+                *((SCRIPT_RUNTIME,) if _allows_programs(settings) else ()),
+            ),
             bundles,
             reconciler,
             tasks,
@@ -257,6 +262,11 @@ def _job_kinds() -> dict[str, str]:
     return {point.name: point.value for point in importlib.metadata.entry_points(group=JOBS_GROUP)}
 
 
+def _allows_programs(settings: WorkerSettings) -> bool:
+    """Whether programs of users may run here: who allows their models in Python allows that, too."""
+    return settings.allow_user_code or settings.allow_python_runtime
+
+
 def _preload(entry: str, runtimes: Mapping[str, str]) -> list[str]:
     return [entry.partition(":")[0], LAUNCHER_ENTRY.partition(":")[0], *runtimes.values(), WARMTH]
 
@@ -285,7 +295,7 @@ def _host_policy(settings: WorkerSettings, capacity: Capacity) -> HostPolicy:
         grace_seconds=settings.worker_job_grace_seconds,
         max_regroups=settings.worker_job_regroups,
         log_bytes=settings.worker_log_bytes,
-        allow_user_code=settings.allow_user_code or settings.allow_python_runtime,
+        allow_user_code=_allows_programs(settings),
         allow_python_runtime=settings.allow_python_runtime,
         allow_compiled_models=settings.allow_compiled_models,
         processor=processor,

@@ -10,7 +10,7 @@ from penstock_scheduler.domain.resources import Resources
 from penstock_scheduler.domain.version import Version, VersionKey
 
 GIB = 1024**3
-RUNTIMES = ("onnx", "python", "torch")
+RUNTIMES = ("onnx", "python", "script", "torch")
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,10 +202,12 @@ def test_a_waiting_replica_names_the_closest_node_and_what_lacks() -> None:
 
 
 def test_a_runtime_that_no_node_has_is_said() -> None:
-    world = World([node()], [deployment()], [version(runtime="python")])
-    world.run()
-    (replica,) = world.replicas
-    assert "lacks the runtime python (it runs torch; an operator may set PENSTOCK_" in replica.message
+    for runtime, setting in (("python", "ALLOW_PYTHON_RUNTIME"), ("script", "ALLOW_USER_CODE")):
+        world = World([node()], [deployment()], [version(runtime=runtime)])
+        world.run()
+        (replica,) = world.replicas
+        words = f"lacks the runtime {runtime} (it runs torch; an operator may set PENSTOCK_{setting}=true)"
+        assert words in replica.message
 
 
 def test_without_any_node_it_waits_for_a_worker() -> None:

@@ -164,7 +164,9 @@ class Node(_message.Message):
 
     @_builtins.property
     def runtimes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Output only. Runtimes it can run, such as torch, onnx, sklearn, python."""
+        """Output only. Runtimes it can run, such as torch, onnx, sklearn, python; script if it takes programs of
+        users (Script in job_work.proto).
+        """
 
     @_builtins.property
     def taints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Taint]:

@@ -237,8 +237,7 @@ def _gang(message: job_pb2.Job) -> Gang:
         )
     )
     script = message.WhichOneof("work") == "train" and message.train.WhichOneof("way") == "script"
-    # What runs a model's own code runs a user's program, where the operator allows it.
-    return Gang(tasks, least, _times(rank, ranks), constraints, "python" if script else "")
+    return Gang(tasks, least, _times(rank, ranks), constraints, "script" if script else "")
 
 
 def _times(rank: Resources, ranks: int) -> Resources:

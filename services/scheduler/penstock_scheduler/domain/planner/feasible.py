@@ -141,6 +141,10 @@ def usage_of(node: Node, holders: Iterable[Holder]) -> Usage:
     return usage
 
 
+# Runtimes of users' own code: models in Python, and programs of trainings.
+_ALLOWING = {"python": "PENSTOCK_ALLOW_PYTHON_RUNTIME", "script": "PENSTOCK_ALLOW_USER_CODE"}
+
+
 @dataclass(frozen=True, slots=True)
 class Need:
     """All that decides where a replica or task could run; those of one need fit the same nodes.
@@ -288,8 +292,9 @@ def _shortage(
 
 
 def _allow(runtime: str) -> str:
-    """What an operator may do about a runtime that is off because it runs the model's own code."""
-    return "; an operator may set PENSTOCK_ALLOW_PYTHON_RUNTIME=true" if runtime == "python" else ""
+    """What an operator may do about a runtime that is off because it runs code of the user's."""
+    setting = _ALLOWING.get(runtime)
+    return f"; an operator may set {setting}=true" if setting else ""
 
 
 def _human_cores(millis: int) -> str:
