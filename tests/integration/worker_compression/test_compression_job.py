@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from google.protobuf import json_format
+from sklearn.datasets import load_digits
+from sklearn.ensemble import RandomForestClassifier
 
 from penstock.scheduler.v1 import job_pb2
 from penstock_worker.adapters.compression import job as job_module
@@ -18,6 +20,7 @@ from penstock_worker.adapters.measuring import open_version
 from penstock_worker.usecases.job_context import JobFailure, Stopped
 from support.compression import Source, candidates, digits_cnn, trained
 from support.job_context import FileJobContext, version_of
+from support.measured import build_skops
 from support.training import example
 
 
@@ -196,6 +199,38 @@ def test_a_teacher_of_other_classes_is_refused(source: Source, tmp_path: Path) -
             tmp_path / "job", [("distill", {"teacher": teacher})], versions={teacher: wine.version}
         )
     assert refused.value.cause == "INVALID_RECIPE"
+
+
+def test_what_does_not_fit_the_source_is_refused_before_anything_is_done(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_step(*_: object) -> None:
+        raise AssertionError("a step was done")
+
+    monkeypatch.setattr(pipeline, "run_step", no_step)
+    wine = Source(source.version, example(tmp_path / "data", "sklearn:wine"))
+    with pytest.raises(JobFailure, match=r"shape \[13\]; the model's input x takes \[1, 8, 8\]"):
+        wine.compress(tmp_path / "rows", [("quantize", {})])
+
+    def by_r2(job: job_pb2.Job) -> None:
+        job.compress.gate.metric = "r2"
+
+    with pytest.raises(JobFailure, match="'r2' is none of this task; it has accuracy, f1, loss"):
+        source.compress(tmp_path / "metric", [("quantize", {})], by_r2)
+
+
+def test_a_forest_teaches_by_its_probabilities(source: Source, tmp_path: Path) -> None:
+    images, digits = load_digits(return_X_y=True)
+    forest = RandomForestClassifier(20, random_state=0).fit(images.astype(np.float32), digits)
+    teacher = "models/forest/versions/1"
+    manifest = build_skops(tmp_path / "forest", forest, 64, 10)
+    context = source.compress(
+        tmp_path / "job",
+        [("distill", {"teacher": teacher, "student": "linear", "learning_rate": 0.02, "alpha": 1.0})],
+        versions={teacher: version_of(tmp_path / "forest", manifest, name=teacher)},
+    )
+    # Of the labels it has seen nothing (alpha 1).
+    assert candidates(context)[1]["metric"] > 0.8
 
 
 @pytest.mark.training

@@ -38,10 +38,20 @@ def test_scores_come_in_the_order_of_the_datasets_classes() -> None:
     scores = answers.scores(outputs)
     assert scores is not None
     assert scores.tolist() == [[2.0, 1.0]]
-    # Labels of other words say nothing about an order.
-    same = answers_of(signature, outputs, Asked("a", "b")).scores(outputs)
-    assert same is not None
-    assert same.tolist() == [[1.0, 2.0]]
+
+
+def test_a_dataset_with_other_classes_than_the_version_is_refused_with_both() -> None:
+    signature = giving(TensorSpec("y", "FP32", (-1, 2), labels=("0", "1")))
+    with pytest.raises(JobFailure, match="the classes 0, 1; those of the dataset are benign, malignant"):
+        answers_of(signature, {"y": np.array([[1.0, 2.0]])}, Asked("benign", "malignant"))
+
+
+def test_a_dataset_may_have_some_of_the_versions_classes_only() -> None:
+    signature = giving(TensorSpec("y", "FP32", (-1, 3), labels=("bird", "cat", "dog")))
+    outputs: dict[str, Any] = {"y": np.array([[3.0, 1.0, 2.0]])}
+    scores = answers_of(signature, outputs, Asked("cat", "dog")).scores(outputs)
+    assert scores is not None
+    assert scores.tolist() == [[1.0, 2.0, 3.0]], "what only the version has comes last"
 
 
 def test_one_score_of_two_classes_is_that_of_the_second() -> None:

@@ -58,7 +58,9 @@ class _Compression:
         self._scale = Scale(self._source.opened, self._source.held_out, gate_of(work.gate), self._tick)
 
     def run(self) -> None:
-        """Do what the work says."""
+        """Do what the work says, if rows, classes and the gate's metric fit the source."""
+        self._context.progress(0, 0, "steps", "measuring the source")
+        _ = self._scale.metric
         if self._work.HasField("search"):
             self._search()
         else:

@@ -291,10 +291,17 @@ def _teacher(source: Source, context: JobContext, name: str, stack: ExitStack) -
         if ours is not None and theirs.input_shape == ours.input_shape and not theirs.of_tokens:
             return ModuleTeacher(name, module_of(fetched.path).need_module("distill"))
     opened = stack.enter_context(
-        open_version(fetched.path, fetched.version.manifest, name=name, devices=context.devices)
+        open_version(
+            fetched.path,
+            fetched.version.manifest,
+            name=name,
+            devices=context.devices,
+            allow_python_runtime=context.allow_python_runtime,
+            allow_compiled_models=context.allow_compiled_models,
+        )
     )
     questions = questions_of(opened.signature, source.dataset, source.dataset.train, directory=fetched.path)
-    return VersionTeacher(name, opened, questions, opened.signature.outputs[0].name)
+    return VersionTeacher(name, opened, questions)
 
 
 def _in_one_file(entry: Path, scratch: Path) -> Path:

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from penstock_kit.oip import Array
 from penstock_worker.adapters.compression.layers import last_linear, repeated_blocks
+from penstock_worker.adapters.measuring.answers import Answers, answers_of
 from penstock_worker.adapters.measuring.loading import OpenedVersion
 from penstock_worker.adapters.measuring.questions import Questions
+from penstock_worker.usecases.job_context import JobFailure
 
 # How far sums of probabilities are from 1, and the least of them that is told apart from none.
 _SLACK, _LEAST = 1e-3, 1e-8
@@ -60,21 +63,41 @@ class ModuleTeacher:
 class VersionTeacher:
     """Any version, asked as callers ask it. What it has answered once is kept."""
 
-    def __init__(self, name: str, opened: OpenedVersion, questions: Questions, output: str) -> None:
+    def __init__(self, name: str, opened: OpenedVersion, questions: Questions) -> None:
         self.name = name
         self.module: nn.Module | None = None
-        self._opened, self._questions, self._output = opened, questions, output
+        self._opened, self._questions = opened, questions
+        self._answers: Answers | None = None
         self._kept: dict[int, torch.Tensor] = {}
 
     def answer(self, indices: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-        """Ask for the rows that are not known yet."""
+        """Ask for the rows that are not known yet.
+
+        Raises:
+            JobFailure: INVALID_DATA: it has other classes than the dataset; UNSUPPORTED: it gives no scores.
+        """
         missing = [row for row in indices.tolist() if row not in self._kept]
         if missing:
             asked, _ = self._questions.batch(np.array(missing, dtype=np.int64))
-            given = torch.from_numpy(np.array(self._opened.predict(asked)[self._output], dtype=np.float32))
+            given = torch.from_numpy(self._taught(self._opened.predict(asked)).astype(np.float32))
             for row, answer in zip(missing, self._logits(given), strict=True):
                 self._kept[row] = answer
         return torch.stack([self._kept[row] for row in indices.tolist()])
+
+    def _taught(self, outputs: dict[str, Array]) -> Array:
+        """Return what a student learns of it: scores in the dataset's order, or numbers [rows, 1]."""
+        if self._answers is None:
+            self._answers = answers_of(self._opened.signature, outputs, self._questions)
+        if self._answers.numbers:
+            return self._answers.values(outputs)[:, None]
+        scores = self._answers.scores(outputs)
+        if scores is None:
+            raise JobFailure(
+                f"The teacher {self.name} gives classes without scores, of which a student learns nothing "
+                "that the labels do not say.",
+                "UNSUPPORTED",
+            )
+        return scores
 
     def _logits(self, given: torch.Tensor) -> torch.Tensor:
         """Return logits also where a version gives probabilities: their logarithms are such."""

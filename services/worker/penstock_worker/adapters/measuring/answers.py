@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from penstock_worker.usecases.job_context import JobFailure
 
 # Names that say which of several outputs has the scores; otherwise the first one of the right shape has them.
 _SCORES = ("logits", "scores", "probabilities", "probability", "predict_proba")
+# Classes that a message names.
+_SHOWN = 10
 # How far sums of probabilities in half precision are from 1.
 _SUM_SLACK = 0.02
 # ln of the least probability that is told apart from none: fp32's smallest normal number.
@@ -28,7 +30,8 @@ class Answers:
         score_name: The output with a score for each class; empty if there is none.
         class_name: The output with the class itself; empty if there is none.
         number_name: The output with numbers (regression); empty for classes.
-        order: Place of each of the dataset's classes in the scores; None for the same order.
+        order: Place of each of the dataset's classes in the scores, then of those that only the version has;
+            None for the same order.
         places: Index of each class that the version may name, by its name.
     """
 
@@ -48,7 +51,10 @@ class Answers:
         return outputs[self.number_name].astype(np.float64).reshape(-1)
 
     def scores(self, outputs: Mapping[str, Array]) -> Array | None:
-        """Return the scores, fp64 [rows, …, classes] in the dataset's order; None if there are none."""
+        """Return the scores, fp64 [rows, …, classes] in the dataset's order; None if there are none.
+
+        Classes that the dataset does not have come behind those that it has.
+        """
         if not self.score_name:
             return None
         scores = outputs[self.score_name].astype(np.float64)
@@ -58,11 +64,14 @@ class Answers:
 
     def classes(self, outputs: Mapping[str, Array]) -> Array:
         """Return the classes by index, int64 [rows]; -1 for one that the dataset does not have."""
-        given = outputs[self.class_name].reshape(-1).tolist()
-        names = [
-            value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in given
+        return np.array([self.places.get(name, -1) for name in self.names(outputs)], dtype=np.int64)
+
+    def names(self, outputs: Mapping[str, Array]) -> list[str]:
+        """Return the classes as the version calls them, one for each row."""
+        return [
+            value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+            for value in outputs[self.class_name].reshape(-1).tolist()
         ]
-        return np.array([self.places.get(name, -1) for name in names], dtype=np.int64)
 
 
 def answers_of(signature: Signature, outputs: Mapping[str, Array], questions: Questions) -> Answers:
@@ -74,7 +83,7 @@ def answers_of(signature: Signature, outputs: Mapping[str, Array], questions: Qu
         questions: What was asked.
 
     Raises:
-        JobFailure: UNSUPPORTED: no output can be meant.
+        JobFailure: UNSUPPORTED: no output can be meant; INVALID_DATA: the dataset has other classes.
     """
     floats = [spec for spec in signature.outputs if spec.dtype.kind == "f" or spec.dtype == BFLOAT16]
     if not questions.classes and questions.task != "language_model":
@@ -90,7 +99,7 @@ def answers_of(signature: Signature, outputs: Mapping[str, Array], questions: Qu
         if outputs[spec.name].ndim >= 2
         and (
             not count
-            or outputs[spec.name].shape[-1] == count
+            or outputs[spec.name].shape[-1] in (count, len(spec.labels))
             or (count == 2 and outputs[spec.name].shape[-1] == 1)
         )
     ]
@@ -110,11 +119,28 @@ def answers_of(signature: Signature, outputs: Mapping[str, Array], questions: Qu
 
 
 def _order(spec: TensorSpec, classes: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Return where the dataset's classes are among the version's; None if they are in the same order."""
-    if not spec.labels or spec.labels == classes or set(spec.labels) != set(classes):
+    """Return where the dataset's classes are among the version's, then the others; None for the same order.
+
+    Raises:
+        JobFailure: INVALID_DATA: the version says its classes, and they are not those of the dataset.
+    """
+    if not spec.labels or not classes or spec.labels == classes:
         return None
+    if not set(classes) <= set(spec.labels):
+        raise strangers(spec.labels, classes)
     places = {name: index for index, name in enumerate(spec.labels)}
-    return tuple(places[name] for name in classes)
+    others = [name for name in spec.labels if name not in classes]
+    return tuple(places[name] for name in (*classes, *others))
+
+
+def strangers(known: Sequence[str], classes: Sequence[str]) -> JobFailure:
+    """Return the failure of a dataset whose classes are not those that the version answers with."""
+    theirs, ours = (", ".join(names[:_SHOWN]) + " …" * (len(names) > _SHOWN) for names in (known, classes))
+    return JobFailure(
+        f"The version answers with the classes {theirs}; those of the dataset are {ours}. Take a dataset "
+        "that calls its classes as the version does.",
+        "INVALID_DATA",
+    )
 
 
 @dataclasses.dataclass(slots=True)

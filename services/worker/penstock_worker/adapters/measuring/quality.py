@@ -22,7 +22,13 @@ import numpy as np
 from sklearn import metrics as sklearn_metrics
 
 from penstock_kit.oip import Array
-from penstock_worker.adapters.measuring.answers import Answers, LossSums, answers_of, class_log_sums
+from penstock_worker.adapters.measuring.answers import (
+    Answers,
+    LossSums,
+    answers_of,
+    class_log_sums,
+    strangers,
+)
 from penstock_worker.adapters.measuring.loading import OpenedVersion
 from penstock_worker.adapters.measuring.questions import Questions
 from penstock_worker.usecases.job_context import JobFailure
@@ -124,6 +130,7 @@ class _Seen:
         self._given: list[Array] = []
         self._right: list[Array] = []
         self._loss = LossSums()
+        self._names: set[str] = set()
         self.tokens = 0
 
     def add(self, outputs: dict[str, Array], targets: Array) -> None:
@@ -143,11 +150,20 @@ class _Seen:
             self.tokens += len(targets)
         if scores is not None:
             class_log_sums(self._loss, scores, targets)
-        self._given.append(answers.classes(outputs) if scores is None else scores.argmax(-1))
+        if scores is None:
+            self._given.append(answers.classes(outputs))
+            self._names.update(answers.names(outputs))
+        else:
+            best = scores.argmax(-1)
+            # Behind the dataset's classes are those that only the version has.
+            known = len(self._questions.classes) or scores.shape[-1]
+            self._given.append(np.where(best < known, best, -1))
         self._right.append(targets)
 
     def result(self, wanted: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
         given, right = np.concatenate(self._given), np.concatenate(self._right)
+        if self._names.isdisjoint(self._questions.classes) and self._names:
+            raise strangers(sorted(self._names), self._questions.classes)
         found = _regression(given, right) if self._answers.numbers else self._classification(given, right)
         values = {name: value for name, (value, _) in found.items() if name in wanted}
         if missing := [name for name in wanted if name not in values]:
