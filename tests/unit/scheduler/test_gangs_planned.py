@@ -109,7 +109,7 @@ def test_small_jobs_start_beside_the_room_that_is_kept_for_a_large_one() -> None
     world.run()
     assert "small" not in world.working()
     assert world.snapshot.jobs["small"].message == (
-        "The room that is free is kept for jobs/large, whose turn is first."
+        "1 job comes first. The room that is free is kept for jobs/large, whose turn is first."
     )
     world.run(done=["runs"])
     assert world.nodes_of("small") == ["b"]
@@ -122,9 +122,7 @@ def test_a_gang_that_no_node_could_ever_hold_keeps_nothing() -> None:
     world = PlannerWorld([node("a")], jobs=[job("giant", cores=64), job("small", seconds=1)])
     world.run()
     assert world.working() == {"small"}
-    assert "There is room for 0 of its 1 tasks. The closest, nodes/a, lacks" in (
-        world.snapshot.jobs["giant"].message
-    )
+    assert "No node has room for it. The closest, nodes/a, lacks" in (world.snapshot.jobs["giant"].message)
 
 
 # -- making room for serving ------------------------------------------------------------------------
@@ -152,7 +150,7 @@ def test_a_replica_without_a_place_takes_that_of_the_cheapest_job() -> None:
     assert queued.state is JobState.QUEUED
     assert queued.message == (
         f"It made room: replicas/{replica.id} of deployments/d has no other place than nodes/a. It waits: "
-        "There is room for 0 of its 1 tasks. The closest, nodes/a, lacks 2 cores of CPU (needs 2 cores, "
+        "No node has room for it. The closest, nodes/a, lacks 2 cores of CPU (needs 2 cores, "
         "0 cores free of 4 cores)."
     )
     assert queued.restarts == 0
@@ -294,3 +292,29 @@ def test_no_job_makes_room_for_a_replica_that_its_quota_would_keep_out_there() -
     world.run()
     assert world.working() == {"j"}
     assert world.waits("d").startswith("No node has room for it.")
+
+
+def test_what_waits_says_how_many_come_first_and_says_the_same_the_next_time() -> None:
+    waiting = [job(f"w{n}", cores=3, seconds=n, priority=9 if n == 3 else 0) for n in range(1, 4)]
+    other = job("other", cores=3, seconds=9, project="x")
+    world = PlannerWorld([node("a")], jobs=[job("runs", cores=2, priority=10), *waiting, other])
+    world.run()
+    places = {
+        name: world.snapshot.jobs[name].message.partition("No node")[0]
+        for name in ("w1", "w2", "w3", "other")
+    }
+    # The project x holds nothing yet; among the others the priority counts, then the age.
+    assert places == {
+        "other": "",
+        "w3": "1 job comes first. ",
+        "w1": "2 jobs come first. ",
+        "w2": "3 jobs come first. ",
+    }
+    assert not world.step()
+
+
+def test_the_place_of_a_job_far_behind_is_not_counted() -> None:
+    world = PlannerWorld([node("a", cores=1)], jobs=[job(f"j{n:03}", cores=2, seconds=n) for n in range(103)])
+    world.run()
+    assert world.snapshot.jobs["j100"].message.startswith("100 jobs come first. ")
+    assert world.snapshot.jobs["j102"].message.startswith("More than 100 jobs come first. ")

@@ -31,6 +31,8 @@ from penstock_scheduler.domain.project import NOTHING, Holding
 MADE_ROOM = "It made room: "
 """How the message of a job begins that gave its place to a replica; kept while it waits for another."""
 _AND_WAITS = " It waits: "
+MOST_COUNTED = 100
+"""The place in the queue of so many jobs is said."""
 _MANY = 2**20
 """More tasks than any job has; few enough that those of all nodes can be added up."""
 
@@ -146,7 +148,13 @@ class _Seats:
 
     def seating(self) -> Seating:
         """The result; reasons are found once all have their places, so that the next plan finds the same."""
-        return Seating(self._places, {job.id: _told(job, self._why(job, quota)) for job, quota in self._left})
+        left = (job for job, _ in self._left)
+        turn = in_turn(left, lambda job: job.project, _order, self._accounts.share)
+        before = {job.id: _before(count) for count, job in enumerate(turn)}
+        return Seating(
+            self._places,
+            {job.id: _told(job, before[job.id] + self._why(job, quota)) for job, quota in self._left},
+        )
 
     def _why(self, job: Job, quota: bool) -> str:
         if quota:
@@ -164,7 +172,10 @@ class _Seats:
         if count >= job.fewest:
             first = f"jobs/{self._kept.job}" if self._kept is not None else "replicas"
             return f"The room that is free is kept for {first}, whose turn is first."
-        words = f"There is room for {count} of its {job.gang.tasks} tasks."
+        tasks = job.gang.tasks
+        words = (
+            f"There is room for {count} of its {tasks} tasks." if tasks > 1 else "No node has room for it."
+        )
         nearest = None if count else self._fleet.closest(need)
         return words + (f" The closest, nodes/{nearest.node}, lacks {nearest.lacks}." if nearest else "")
 
@@ -284,6 +295,13 @@ def _fill(usages: Sequence[Usage], need: Need, most: int) -> list[tuple[str, ...
         room.take(need.resources, place.devices, f"task {len(found)}")
         found.append(place.devices)
     return found
+
+
+def _before(count: int) -> str:
+    """Its place in the queue. Far behind it is not counted: each start would change what all of them say."""
+    if count > MOST_COUNTED:
+        return f"More than {MOST_COUNTED} jobs come first. "
+    return "" if not count else f"{count} {'job comes' if count == 1 else 'jobs come'} first. "
 
 
 def _told(job: Job, why: str) -> str:
