@@ -120,6 +120,9 @@ def print_report(job: job_pb2.Job) -> None:
     say("")
     if has_front(report):
         print_front(report)
+        gate = report.get("gate", {})
+        if gate and not gate.get("passed"):
+            say(f"The gate was not passed: {'; '.join(gate.get('failures', ())) or 'nothing was measured'}.")
         return
     points = report.pop("points", None)
     print_facts(_flat({key: report[key] for key in sorted(report) if key != "kind"}))

@@ -16,13 +16,13 @@ from google.protobuf import json_format, struct_pb2
 from penstock.registry.v1 import gate_pb2
 from penstock.scheduler.v1 import job_work_pb2
 from penstock_kit.errors import InvalidArgument, Reason
-from penstock_kit.jobs.fields import nearest
+from penstock_kit.jobs.fields import choose, nearest
+from penstock_kit.jobs.measure import METRICS
 
 SCHEMES = ("dynamic_int8", "static_int8", "weight_only_int8", "weight_only_int4")
 MAX_STEPS = 16
 MAX_SEARCH_SECONDS = 24 * 3600.0
 DEFAULT_SEARCH_SECONDS = 600.0
-_GATE_METRIC_LENGTH = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,8 +314,8 @@ def _check_search(search: job_work_pb2.CompressionSearch) -> None:
 
 
 def _check_gate(gate: gate_pb2.Gate) -> None:
-    if len(gate.metric) > _GATE_METRIC_LENGTH:
-        raise _invalid("compress.gate.metric is longer than any metric's name.", "gate")
+    if gate.metric:
+        choose("metric", gate.metric, METRICS, "job.compress.gate")
     for bound, value in gate.ListFields():
         if bound.name != "metric" and not (math.isfinite(value) and value >= 0):
             raise _invalid(f"compress.gate.{bound.name} is {value}; it must be a number from 0 on.", "gate")

@@ -84,6 +84,12 @@ def test_a_gate_has_numbers_from_zero_on(bound: str, value: float) -> None:
     assert bound in refusal(asked)
 
 
+def test_a_gate_of_an_unknown_metric_is_refused_with_the_nearest() -> None:
+    asked = work(("prune", {}))
+    asked.gate.metric = "acuracy"
+    assert "did you mean 'accuracy'" in refusal(asked)
+
+
 def test_a_search_has_ten_minutes_unless_it_says_otherwise() -> None:
     asked = work()
     asked.search.SetInParent()
