@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from penstock.registry.v1 import artifact_pb2
 from penstock_worker.usecases.job_context import JobContext, JobFailure, Stopped
 
 PAUSE_SECONDS = 0.01
@@ -149,9 +151,35 @@ def save_together(context: JobContext, step: int) -> None:
     context.commit_checkpoint(step)
 
 
+def fetch(context: JobContext) -> None:
+    """Fetches `dataset`, after the file `fill` took all but `leave` bytes of its disk; `open`s it."""
+    labels = context.job.labels
+    if "fill" in labels:
+        path = Path(labels["fill"])
+        with path.open("wb") as file:
+            file.write(bytes(shutil.disk_usage(path.parent).free - int(labels["leave"])))
+    fetched = context.dataset(labels["dataset"])
+    if "open" in labels:
+        from penstock_worker.adapters.data import open_dataset
+
+        context.report({"rows": len(open_dataset(fetched).train)})
+
+
+def publish(context: JobContext) -> None:
+    """Publishes an artifact of `bytes`."""
+    size = int(context.job.labels["bytes"])
+    directory = context.scratch / "made"
+    directory.mkdir()
+    (directory / "data.bin").write_bytes(os.urandom(size))
+    kind = artifact_pb2.ARTIFACT_KIND_DATASET
+    context.publish_artifact("made", kind, directory, format="npz")
+
+
 _KINDS: dict[str, Callable[[JobContext], None]] = {
     "hello": hello,
     "count": count,
     "fail": fail,
     "together": together,
+    "fetch": fetch,
+    "publish": publish,
 }

@@ -128,7 +128,7 @@ class PartialFile:
                 os.ftruncate(handle, 0)
                 received = 0
             if shutil.disk_usage(self.path.parent).free < self.size - received:
-                raise storage_full()
+                raise storage_full(self.size - received, self.path.parent)
             digest = hashlib.sha256()
             position = 0
             while position < received:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from obstore.exceptions import BaseError
 
@@ -14,10 +16,19 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FULL_WORDS = ("no space left", "quota exceeded", "file too large")
 
 
-def storage_full() -> ResourceExhausted:
-    """Return the error of a store that has no space left."""
+def storage_full(needed: int = 0, folder: Path | None = None) -> ResourceExhausted:
+    """Return the error of a store that has no space left.
+
+    Args:
+        needed: Bytes that a file still takes; 0 if nobody knows.
+        folder: Where it was to be written; None if that is on no disk of this machine.
+    """
+    numbers = ""
+    if needed and folder is not None:
+        free = shutil.disk_usage(folder).free
+        numbers = f" ({needed:,} bytes more are needed, and {free:,} are free in {folder} of the registry)"
     return ResourceExhausted(
-        "No space is left where artifacts are kept, so this version is not READY. "
+        f"No space is left where artifacts are kept{numbers}, so this version is not READY. "
         "Free or add space, then push again.",
         reason=Reason.STORAGE_FULL,
     )

@@ -386,9 +386,11 @@ class BundleCache:
 
     def _disk_error(self, error: OSError) -> PenstockError:
         if error.errno in _FULL:
+            free = bundle_files.free_bytes(self._directory)
             return _no_room(
-                f"No space is left on the disk of {self._directory} while the bundle is fetched. "
-                "Free or add space there; fetching goes on by itself."
+                f"No space is left on the disk of {self._directory} ({free:,} bytes are free) while "
+                f"{sum(self._reserved.values()):,} bytes of bundles are fetched. Free or add space there; "
+                "fetching goes on by itself."
             )
         return Unavailable(
             f"The bundle cache {self._directory} cannot be used: {error.strerror or error}. "

@@ -91,6 +91,13 @@ class CheckpointStore:
         del self._begun[step], self._committed[step]
         return True
 
+    def give_up(self) -> None:
+        """Remove what was begun: nobody writes any more."""
+        with self._lock:
+            self._begun.clear()
+            self._committed.clear()
+            self._clean()
+
     def last(self) -> tuple[int, Path] | None:
         """Return the step and directory of the last complete checkpoint."""
         steps = self._steps()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import secrets
 import shutil
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 from penstock_kit.errors import Internal, PenstockError
 from penstock_kit.lifecycle import TaskSet
 from penstock_worker.adapters.forkserver import wire
+from penstock_worker.adapters.jobs.disk import full_disk
 from penstock_worker.adapters.jobs.line import READ_BYTES, error_fields
 from penstock_worker.usecases.job_context import JobFailure
 
@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 512
 HELLO_SECONDS = 10.0
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class Clerk(Protocol):
@@ -139,8 +138,10 @@ async def _answer(
     except PenstockError as error:
         return {"error": error_fields(error)}
     except OSError as error:
-        words = f"The node's disk: {error.strerror or error}."
-        cause = "OUT_OF_DISK" if error.errno in FULL else "DISK"
+        words, cause = full_disk([error], None), "OUT_OF_DISK"
+        if not words:
+            where = f" ({error.filename})" if error.filename else ""
+            words, cause = f"The node's disk: {error.strerror or error}{where}.", "DISK"
         return {"failure": {"message": words, "cause": cause, "permanent": False}}
     except Exception as error:
         log.exception("a call of a job failed")

@@ -7,7 +7,6 @@ import base64
 import dataclasses
 import logging
 import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from penstock_kit.threads import in_thread
 from penstock_worker.adapters.forkserver.client import ForkServer
 from penstock_worker.adapters.forkserver.process import ForkedProcess
 from penstock_worker.adapters.jobs import limits
-from penstock_worker.adapters.jobs.config import DECODED, LauncherConfig
+from penstock_worker.adapters.jobs.config import LauncherConfig
 from penstock_worker.adapters.jobs.desk import Desk
 from penstock_worker.adapters.jobs.events import SPOOL_SUFFIX, EventSender
 from penstock_worker.adapters.jobs.registry import JobRegistry
@@ -177,7 +176,8 @@ class TaskRoom:
     async def release(self) -> None:
         """Let go of what was fetched, and of what was made of it; events are sent on until `forget`."""
         await self._clerk.close()
-        await in_thread(shutil.rmtree, self._room.directory / DECODED, ignore_errors=True)
+        if self._room.users == 1:
+            await in_thread(self._room.tidy)
 
     async def forget(self) -> None:
         """The scheduler wants nothing of it any more."""

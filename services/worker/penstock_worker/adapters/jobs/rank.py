@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import gc
 import importlib
@@ -13,11 +12,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from penstock_kit.errors import PenstockError, Unavailable
 from penstock_worker.adapters.jobs import limits
 from penstock_worker.adapters.jobs.config import LauncherConfig
+from penstock_worker.adapters.jobs.disk import full_disk
 from penstock_worker.adapters.jobs.line import Line
 from penstock_worker.domain.task import End, EndKind, megabytes
 from penstock_worker.usecases.job_context import JobContext, JobFailure, Stopped
@@ -29,7 +30,6 @@ EXIT_STOPPED = 75
 
 LAST_LINES = 12
 LAST_CHARACTERS = 1_500
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory", "bad_alloc")
 # What gloo, NCCL and torch's store say when a rank at the other end has gone.
 _PEERS_LOST = (
@@ -131,34 +131,29 @@ def work(config: LauncherConfig, context: JobContext) -> End:
             return End(EndKind.SUCCEEDED)
         return End(EndKind.FAILED, f"It ended with status {error.code}.", "USER_CODE", permanent=False)
     except BaseException as error:  # noqa: BLE001 - every end of the work is told
-        end = end_of(error, config.memory_bytes, user_code=config.user_code)
+        end = end_of(error, config.memory_bytes, user_code=config.user_code, directory=Path(config.directory))
         if end.kind is EndKind.FAILED and not isinstance(error, JobFailure):
             traceback.print_exc()
         return end
     return End(EndKind.SUCCEEDED)
 
 
-def end_of(error: BaseException, memory_bytes: int, *, user_code: bool = False) -> End:
+def end_of(
+    error: BaseException, memory_bytes: int, *, user_code: bool = False, directory: Path | None = None
+) -> End:
     """Return what an exception out of the work means.
 
     Args:
         error: It.
         memory_bytes: What the task was given.
         user_code: The work is a program of a user's.
+        directory: Where the job writes.
     """
     if isinstance(error, JobFailure):
         return End(EndKind.FAILED, str(error), error.cause, permanent=error.permanent)
     chain = list(_chain(error))
-    for one in chain:
-        if isinstance(one, OSError) and one.errno in _FULL:
-            where = f" ({one.filename})" if one.filename else ""
-            return End(
-                EndKind.FAILED,
-                f"No space is left on the node's disk{where}. Free or add space there; the last good "
-                "checkpoint is kept.",
-                "OUT_OF_DISK",
-                permanent=False,
-            )
+    if full := full_disk(chain, directory):
+        return End(EndKind.FAILED, full, "OUT_OF_DISK", permanent=False)
     words = str(error)
     if any(_lacked_memory(one) for one in chain):
         return End(

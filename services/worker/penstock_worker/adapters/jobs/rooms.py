@@ -51,6 +51,12 @@ class JobRoom:
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         os.utime(self.directory.parent)
 
+    def tidy(self) -> None:
+        """Remove what is of use to running processes only; those that were killed have left it. Blocking."""
+        for name in ("scratch", DECODED):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+        self.store.give_up()
+
     def mark_part(self, path: Path, writing: Writing, part: int) -> None:
         """Write down which part of which checkpoint this node has. Blocking."""
         (path / PART_FILE).write_text(json.dumps({**dataclasses.asdict(writing), "part": part}))

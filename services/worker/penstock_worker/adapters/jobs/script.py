@@ -259,7 +259,7 @@ def run_script(context: JobContext) -> None:
     _confine(context.scratch, code)
     training.bind(session)
     try:
-        stopped = _run(entrypoint)
+        stopped = _run(entrypoint, context.scratch)
     finally:
         training.bind(None)
     if context.rank == 0 and not session.checkpoints:
@@ -281,7 +281,7 @@ def run_script(context: JobContext) -> None:
         )
 
 
-def _run(entrypoint: Path) -> bool:
+def _run(entrypoint: Path, scratch: Path) -> bool:
     """Run the program to its end; true if it stopped because it was asked to.
 
     Raises:
@@ -303,8 +303,8 @@ def _run(entrypoint: Path) -> bool:
         from penstock_worker.adapters.jobs.rank import end_of
 
         if isinstance(error, RuntimeError):
-            end = end_of(error, 0, user_code=True)
-            if end.kind is EndKind.PEERS_LOST or end.cause == "OUT_OF_MEMORY":
+            end = end_of(error, 0, user_code=True, directory=scratch)
+            if end.kind is EndKind.PEERS_LOST or end.cause in {"OUT_OF_MEMORY", "OUT_OF_DISK"}:
                 raise
         traceback.print_exc()
         raise JobFailure(
