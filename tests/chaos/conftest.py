@@ -31,6 +31,12 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture
+def chaos_seed() -> int:
+    """What chance begins with."""
+    return _SEED
+
+
+@pytest.fixture
 def storm(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Storm]:
     """Runs ordeals; the history of the last one stays if the test fails."""
     path = tmp_path / "history.jsonl"
