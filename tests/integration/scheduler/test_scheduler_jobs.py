@@ -16,6 +16,7 @@ from penstock_kit.errors import (
     Reason,
     Unavailable,
 )
+from penstock_scheduler.api import jobs as jobs_api
 from penstock_scheduler.app import Scheduler
 
 RESULT = "models/digits/versions/2"
@@ -154,6 +155,25 @@ async def test_jobs_are_listed_newest_first_in_pages(client: Any) -> None:
         states=[job_pb2.JOB_STATE_CANCELLED], project="projects/default"
     )
     assert [job.name for job in (await client.jobs.ListJobs(request)).jobs] == ["jobs/job-3"]
+
+
+async def test_a_page_of_jobs_ends_before_it_is_too_large_to_send(
+    client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_api, "MAX_PAGE_BYTES", 100)
+    for number in range(3):
+        await client.create_job(f"job-{number}")
+    names: list[str] = []
+    token = ""
+    while True:
+        request = job_service_pb2.ListJobsRequest(page_size=100_000, page_token=token)
+        page = await client.jobs.ListJobs(request)
+        assert len(page.jobs) == 1
+        names += [job.name for job in page.jobs]
+        token = page.next_page_token
+        if not token:
+            break
+    assert names == ["jobs/job-2", "jobs/job-1", "jobs/job-0"]
 
 
 async def test_results_wait_for_the_registry_and_are_made_final_once(bench: Any, client: Any) -> None:

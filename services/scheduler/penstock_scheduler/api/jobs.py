@@ -27,7 +27,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 DEFAULT_EVENTS_PAGE = 1000
 MAX_EVENTS_PAGE = 10_000
 MAX_PAGE_BYTES = 4 * 1024 * 1024
-"""A page ends here, however many events were asked for: lines of logs may be long."""
+"""A page ends here, however many items were asked for: lines of logs and reports of jobs may be long."""
 _STATES = {state.value: state for state in JobState}
 
 
@@ -61,12 +61,19 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
             states.append(_STATES[number])
         after = _position(decode_token(request.page_token))
         found = await self._jobs.page(after, size + 1, project, states)
-        page = found[:size]
+        page: list[job_pb2.Job] = []
+        room = MAX_PAGE_BYTES
+        for view in found[:size]:
+            message = job_to_message(view)
+            room -= message.ByteSize()
+            if page and room < 0:
+                break
+            page.append(message)
         token = ""
-        if len(found) > size:
-            last = page[-1].job
+        if len(found) > len(page):
+            last = found[len(page) - 1].job
             token = encode_token(f"{last.create_time.isoformat()}|{last.id}")
-        return pb.ListJobsResponse(jobs=[job_to_message(view) for view in page], next_page_token=token)
+        return pb.ListJobsResponse(jobs=page, next_page_token=token)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> job_pb2.Job:
         """See job_service.proto."""
@@ -87,12 +94,7 @@ class JobServicer(job_service_pb2_grpc.JobServiceServicer):
         self, request: pb.ListJobEventsRequest, context: Context
     ) -> pb.ListJobEventsResponse:
         """See job_service.proto."""
-        if not 0 <= request.page_size <= MAX_EVENTS_PAGE:
-            raise InvalidArgument(
-                f"page_size is {request.page_size}; use 0 to {MAX_EVENTS_PAGE}.",
-                metadata={"field": "page_size"},
-            )
-        size = request.page_size or DEFAULT_EVENTS_PAGE
+        size = page_size(request.page_size, DEFAULT_EVENTS_PAGE, MAX_EVENTS_PAGE)
         job = names.parse_job(request.parent)
         found = await self._events.page(job, request.after, size + 1, _kinds(request.kinds))
         page: list[job_pb2.JobEvent] = []

@@ -12,17 +12,20 @@ LARGEST_PAGE = 1000
 _DIGITS_OF_INT32 = 10
 
 
-def page_size(asked: int) -> int:
+def page_size(asked: int, default: int = DEFAULT_PAGE, largest: int = LARGEST_PAGE) -> int:
     """Returns how many items a page has.
+
+    Args:
+        asked: by the caller; 0 leaves it to the service, more than the largest is the largest (AIP-158).
+        default: items where nobody says.
+        largest: items at most.
 
     Raises:
         InvalidArgument: negative.
     """
     if asked < 0:
-        raise InvalidArgument(
-            f"page_size is {asked}; use 0 to {LARGEST_PAGE}.", metadata={"field": "page_size"}
-        )
-    return min(asked or DEFAULT_PAGE, LARGEST_PAGE)
+        raise InvalidArgument(f"page_size is {asked}; use 0 to {largest}.", metadata={"field": "page_size"})
+    return min(asked or default, largest)
 
 
 def encode_token(key: str) -> str:
