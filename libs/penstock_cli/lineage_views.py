@@ -11,6 +11,8 @@ from penstock.names import parse_version
 from penstock.registry.v1 import gate_pb2, registry_service_pb2, version_pb2
 from penstock_cli.output import console, pairs, size, state
 
+_SEEDED = ("train", "compress")
+
 
 def print_lineage(version: version_pb2.Version, relatives: registry_service_pb2.GetLineageResponse) -> None:
     """Print a version with all it was made from below it, and all that was made from it behind."""
@@ -93,7 +95,7 @@ def _facts(version: version_pb2.Version) -> list[Text]:
         ("data", "" if lineage.datasets else lineage.data_digest),
         ("code", lineage.code_digest),
         ("parameters", pairs(lineage.parameters)),
-        ("seed", str(lineage.seed) if lineage.job and lineage.operation == "train" else ""),
+        ("seed", str(lineage.seed) if lineage.job and lineage.operation in _SEEDED else ""),
         ("gate", describe_gate(manifest.gate) if manifest.HasField("gate") else ""),
         ("made on", pairs(lineage.environment)),
     ]

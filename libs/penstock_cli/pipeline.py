@@ -107,7 +107,7 @@ class Pipeline:
         wish = self._wishes.dataset
         self._story.act(f"Data: {wish}")
         if ":" in wish.rstrip("0123456789:") or Path(wish).exists():
-            artifact = self._client.push_dataset(wish)
+            artifact = self._client.push_dataset(wish, reuse=True)
             self._story.command(f"penstock datasets push {wish}")
         else:
             artifact = self._client.get_dataset(wish)
@@ -116,7 +116,8 @@ class Pipeline:
 
     def _train(self) -> version_pb2.Version:
         wishes = self._wishes
-        self._story.act(f"Training: {wishes.train.ranks_per_node or 1} processes")
+        ranks = wishes.train.ranks_per_node or 1
+        self._story.act(f"Training: {ranks} {'process' if ranks == 1 else 'processes'}")
         self._story.command(f"penstock train {_brief(self._dataset)} --model {wishes.model}")
         job = job_pb2.Job()
         job.CopyFrom(wishes.train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from penstock._async import io
 from penstock._async.streams import AsyncStreams
 from penstock.datasets import EXAMPLES, ReadOptions, describe, detect_format, find_files, read, write_example
-from penstock.errors import InvalidArgument
+from penstock.errors import InvalidArgument, NotFound
 from penstock.names import artifact_name
 from penstock.packaging.bundle import LocalFile, hashed_files
 from penstock.registry.v1 import artifact_pb2, version_pb2
@@ -44,6 +45,7 @@ class AsyncDatasets(AsyncStreams):
         labels: Mapping[str, str] | None = None,
         progress: ProgressCallback | None = None,
         request_id: str | None = None,
+        reuse: bool = False,
     ) -> artifact_pb2.Artifact:
         """Look through data as they lie on disk, describe and push them; return the new version, READY.
 
@@ -61,6 +63,7 @@ class AsyncDatasets(AsyncStreams):
             labels: Free key-value pairs.
             progress: Told how far the push is; called from other threads, so it must be quick.
             request_id: A key (a UUID) that makes a repetition of this push safe.
+            reuse: Make no new version if the newest one is the same: files, format and description.
 
         Raises:
             InvalidArgument: The data are not fit to learn from; the words name row and column, and what to
@@ -83,6 +86,7 @@ class AsyncDatasets(AsyncStreams):
                     labels=labels,
                     progress=progress,
                     request_id=request_id,
+                    reuse=reuse,
                 )
         where = await io.in_thread(Path(given).expanduser)
         root, sources = await io.in_thread(find_files, where)
@@ -105,6 +109,7 @@ class AsyncDatasets(AsyncStreams):
             labels=labels,
             progress=progress,
             request_id=request_id,
+            reuse=reuse,
         )
 
     async def push_artifact(
@@ -119,6 +124,7 @@ class AsyncDatasets(AsyncStreams):
         labels: Mapping[str, str] | None = None,
         progress: ProgressCallback | None = None,
         request_id: str | None = None,
+        reuse: bool = False,
     ) -> artifact_pb2.Artifact:
         """Push files as they are under a name, such as the program of a training; return the new version.
 
@@ -132,6 +138,7 @@ class AsyncDatasets(AsyncStreams):
             labels: Free key-value pairs.
             progress: Told how far the push is; called from other threads.
             request_id: A key (a UUID) that makes a repetition safe.
+            reuse: Make no new version if the newest one is the same: files, format and description.
 
         Raises:
             InvalidArgument: A file changed meanwhile, or the registry refuses it.
@@ -148,6 +155,11 @@ class AsyncDatasets(AsyncStreams):
             kind=kind, files=[file.to_proto() for file in local], format=format, labels=labels or {}
         )
         artifact.description.update(dict(description or {}))
+        if reuse:
+            with suppress(NotFound):
+                newest = await self.get_dataset(name)
+                if _same(newest, artifact):
+                    return newest
         made = await self._unary(
             self._artifacts.CreateArtifact,
             service.CreateArtifactRequest(
@@ -250,6 +262,13 @@ class AsyncDatasets(AsyncStreams):
                 artifact=artifact, path=file.path, offset=offset
             ),
         )
+
+
+def _same(one: artifact_pb2.Artifact, other: artifact_pb2.Artifact) -> bool:
+    """Whether two artifacts hold the same, and say the same of it."""
+    files = [{(file.path, file.sha256) for file in each.files} for each in (one, other)]
+    said = [(each.kind, each.format, each.description) for each in (one, other)]
+    return files[0] == files[1] and said[0] == said[1]
 
 
 def _name_of(path: Path) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from penstock._sync import io
 from penstock._sync.streams import Streams
 from penstock.datasets import EXAMPLES, ReadOptions, describe, detect_format, find_files, read, write_example
-from penstock.errors import InvalidArgument
+from penstock.errors import InvalidArgument, NotFound
 from penstock.names import artifact_name
 from penstock.packaging.bundle import LocalFile, hashed_files
 from penstock.registry.v1 import artifact_pb2, version_pb2
@@ -45,6 +46,7 @@ class Datasets(Streams):
         labels: Mapping[str, str] | None = None,
         progress: ProgressCallback | None = None,
         request_id: str | None = None,
+        reuse: bool = False,
     ) -> artifact_pb2.Artifact:
         """Look through data as they lie on disk, describe and push them; return the new version, READY.
 
@@ -62,6 +64,7 @@ class Datasets(Streams):
             labels: Free key-value pairs.
             progress: Told how far the push is; called from other threads, so it must be quick.
             request_id: A key (a UUID) that makes a repetition of this push safe.
+            reuse: Make no new version if the newest one is the same: files, format and description.
 
         Raises:
             InvalidArgument: The data are not fit to learn from; the words name row and column, and what to
@@ -84,6 +87,7 @@ class Datasets(Streams):
                     labels=labels,
                     progress=progress,
                     request_id=request_id,
+                    reuse=reuse,
                 )
         where = io.in_thread(Path(given).expanduser)
         root, sources = io.in_thread(find_files, where)
@@ -106,6 +110,7 @@ class Datasets(Streams):
             labels=labels,
             progress=progress,
             request_id=request_id,
+            reuse=reuse,
         )
 
     def push_artifact(
@@ -120,6 +125,7 @@ class Datasets(Streams):
         labels: Mapping[str, str] | None = None,
         progress: ProgressCallback | None = None,
         request_id: str | None = None,
+        reuse: bool = False,
     ) -> artifact_pb2.Artifact:
         """Push files as they are under a name, such as the program of a training; return the new version.
 
@@ -133,6 +139,7 @@ class Datasets(Streams):
             labels: Free key-value pairs.
             progress: Told how far the push is; called from other threads.
             request_id: A key (a UUID) that makes a repetition safe.
+            reuse: Make no new version if the newest one is the same: files, format and description.
 
         Raises:
             InvalidArgument: A file changed meanwhile, or the registry refuses it.
@@ -149,6 +156,11 @@ class Datasets(Streams):
             kind=kind, files=[file.to_proto() for file in local], format=format, labels=labels or {}
         )
         artifact.description.update(dict(description or {}))
+        if reuse:
+            with suppress(NotFound):
+                newest = self.get_dataset(name)
+                if _same(newest, artifact):
+                    return newest
         made = self._unary(
             self._artifacts.CreateArtifact,
             service.CreateArtifactRequest(
@@ -245,6 +257,13 @@ class Datasets(Streams):
                 artifact=artifact, path=file.path, offset=offset
             ),
         )
+
+
+def _same(one: artifact_pb2.Artifact, other: artifact_pb2.Artifact) -> bool:
+    """Whether two artifacts hold the same, and say the same of it."""
+    files = [{(file.path, file.sha256) for file in each.files} for each in (one, other)]
+    said = [(each.kind, each.format, each.description) for each in (one, other)]
+    return files[0] == files[1] and said[0] == said[1]
 
 
 def _name_of(path: Path) -> str:

@@ -62,6 +62,12 @@ async def test_a_pushed_dataset_comes_back_as_it_was_with_what_it_is(
     assert again.digest == pushed.digest
     assert [each.name for each in await client.list_datasets("toy")] == [again.name, pushed.name]
     assert [each.name for each in await client.list_datasets()] == [again.name]
+    # Who does not care for a version of their own gets what there is, unless something differs.
+    assert (await client.push_dataset(source, license="BSD", reuse=True)).name == "artifacts/toy/versions/3"
+    assert (await client.push_dataset(source, license="BSD", reuse=True)).name == "artifacts/toy/versions/3"
+    assert (await client.push_dataset(source, name="fresh", reuse=True)).name == "artifacts/fresh/versions/1"
+    await client.delete_dataset("fresh:1")
+    await client.delete_dataset("toy:3")
     await client.delete_dataset("toy:2")
     assert (await client.get_dataset("toy")).name == pushed.name
     with pytest.raises(InvalidArgument, match="toy:NUMBER"):
