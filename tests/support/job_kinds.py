@@ -175,6 +175,17 @@ def publish(context: JobContext) -> None:
     context.publish_artifact("made", kind, directory, format="npz")
 
 
+def grow(context: JobContext) -> None:
+    """Notes its process in `trace`, waits for `trace`.go, and takes `bytes` of memory."""
+    trace = Path(context.job.labels["trace"])
+    with trace.open("a") as file:
+        print(os.getpid(), file=file)
+    wait_for(trace.with_name(f"{trace.name}.go"), context, 0)
+    held = bytearray(int(context.job.labels["bytes"]))
+    held[:: os.sysconf("SC_PAGE_SIZE")] = b"x" * len(held[:: os.sysconf("SC_PAGE_SIZE")])
+    wait_deaf()
+
+
 _KINDS: dict[str, Callable[[JobContext], None]] = {
     "hello": hello,
     "count": count,
@@ -182,4 +193,5 @@ _KINDS: dict[str, Callable[[JobContext], None]] = {
     "together": together,
     "fetch": fetch,
     "publish": publish,
+    "grow": grow,
 }

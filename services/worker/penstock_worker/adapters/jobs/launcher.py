@@ -83,6 +83,8 @@ class Launcher:
         self._look_next = 0.0
         self._warned = False
         self._memory_kills = limits.killed_for_memory()
+        # Who asked for so much has no more. What nobody asked for is a guess, which is only said.
+        self._held_to_memory = config.user_code or config.job.resources.memory_bytes > 0
         # <data dir>/jobs/<job>/<task>: bundles and datasets are in the first of them, too.
         self._files = Path(config.directory).parents[2]
 
@@ -401,7 +403,7 @@ class Launcher:
             self._memory_bytes = limits.memory_of_all(running, self._files)
             # The kernel walks all pages meanwhile, and holds up who wants more: seldom for the large.
             pause = (time.process_time() - began) / WATCH_SHARE
-            longest = MEMORY_SECONDS if self._config.user_code else LAST_MEMORY_SECONDS
+            longest = MEMORY_SECONDS if self._held_to_memory else LAST_MEMORY_SECONDS
             self._measure_next = now + min(max(MEMORY_SECONDS, pause), longest)
             self._line.note("memory", bytes=self._memory_bytes)
             self._check_memory()
@@ -411,7 +413,7 @@ class Launcher:
         if not given or self._memory_bytes <= given:
             return
         words = f"It uses {megabytes(self._memory_bytes)} of memory; it was given {megabytes(given)}"
-        if self._config.user_code:
+        if self._held_to_memory:
             self._end = End(
                 EndKind.FAILED,
                 f"{words}, and was ended. Raise resources.memory_bytes of the job, or make batches or the "
