@@ -47,6 +47,7 @@ class Chain(nn.Module):
             What the last block gives: for a whole model one tensor, rows first.
         """
         given: Any = (x, *more)
-        for block in self.children():
+        # Not `children`, which looks for doubles: felt in a small model's steps.
+        for block in self._modules.values():
             given = block(*given) if isinstance(given, tuple) else block(given)
         return given

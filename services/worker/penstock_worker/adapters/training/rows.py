@@ -49,7 +49,8 @@ class TensorRows:
 
     def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather rows."""
-        indices = indices.to(self._device, non_blocking=True)
+        if indices.device != self._device:
+            indices = indices.to(self._device, non_blocking=True)
         return self.inputs.index_select(0, indices), self.targets.index_select(0, indices)
 
 

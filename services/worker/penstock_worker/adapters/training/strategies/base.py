@@ -7,8 +7,9 @@ The training loop is the same for all of them and runs in every rank:
         extra = strategy.load(directory) if there is a checkpoint else None
         for indices in the batches of an epoch, the same ones in the same order in every rank:
             strategy.step(indices, rate)
-            decision = strategy.agree(stop=context.should_stop(), checkpoint=context.checkpoint_due())
-            ...
+            if strategy.must_agree():
+                decision = strategy.agree(stop=context.should_stop(), checkpoint=context.checkpoint_due())
+                ...
         sums = strategy.evaluate(rows, batch_size, score, width)
         weights = strategy.weights()
     finally:
@@ -20,7 +21,7 @@ weights of all its rows, however they are cut.
 
 Ranks agree rarely: a vote every fifth of a second or so carries the wish to stop, the checkpoint that is due
 and the sum of the losses in one small all_reduce, and says at which step the next vote is. Between votes
-`agree` costs one comparison.
+`must_agree` costs one comparison.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ VOTE_SECONDS = 0.2
 _GROWTH = 4
 
 _NOTHING = Decision()
+_AS_IT_IS = contextlib.nullcontext()
 
 
 class Strategy(ABC):
@@ -172,6 +174,15 @@ class Strategy(ABC):
 
     # What all have.
 
+    def must_agree(self, *, now: bool = False) -> bool:
+        """Whether ranks agree after this step; else `agree` would find nothing, and need not be called.
+
+        Args:
+            now: As for `agree`.
+        """
+        self._checkpoints.settle_if_written()
+        return now or self.steps >= (self._next_vote if self._ballot is None else self._ballot[0])
+
     def agree(self, *, stop: bool = False, checkpoint: bool = False, now: bool = False) -> Decision:
         """Agree with the other ranks, after each step.
 
@@ -180,16 +191,13 @@ class Strategy(ABC):
             checkpoint: A checkpoint is due; rank 0's word counts. While one is being written, none is due.
             now: Vote after this step in any case (all ranks must say so), as at the end of an epoch.
         """
-        self._checkpoints.settle_if_written()
+        if not self.must_agree(now=now):
+            return _NOTHING
         found = [0.0] * 5
         if self._ballot is not None:
-            read_at, work, votes = self._ballot
-            if not now and self.steps < read_at:
-                return _NOTHING
+            _, work, votes = self._ballot
             work.wait()
             self._ballot, found = None, votes.tolist()
-        elif not now and self.steps < self._next_vote:
-            return _NOTHING
         if not any(found) or now:
             votes = torch.tensor(self._votes(stop, checkpoint), dtype=torch.float64)
             if self.lag and not now:
@@ -324,7 +332,7 @@ class Strategy(ABC):
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Compute in the recipe's precision."""
         if self.parts.precision == "fp32":
-            return contextlib.nullcontext()
+            return _AS_IT_IS
         dtype = torch.bfloat16 if self.parts.precision == "bf16" else torch.float16
         context: contextlib.AbstractContextManager[Any] = torch.autocast(self.device.type, dtype)
         return context
@@ -335,7 +343,7 @@ class Strategy(ABC):
     def _pieces(self, indices: Tensor) -> Sequence[Tensor]:
         """Cut a rank's rows into what is computed at once."""
         size = self.parts.micro_batch_size
-        return [indices] if not size or len(indices) <= size else indices.split(size)
+        return [indices] if not size or indices.shape[0] <= size else indices.split(size)
 
     def _weight_of(self, pieces: Sequence[Tensor]) -> Tensor:
         """Add up what rows weigh."""

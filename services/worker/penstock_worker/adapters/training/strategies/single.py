@@ -39,7 +39,7 @@ class SingleStrategy(Strategy):
         if len(pieces) == 1:
             inputs, targets = self.parts.rows.batch(indices)
             known = objective.row_weight
-            weight = objective.weight(targets) if known is None else known * len(indices)
+            weight = objective.weight(targets) if known is None else known * indices.shape[0]
             with self._autocast():
                 outputs = self.module(inputs)
             loss_sum = objective.loss_sum(outputs, targets)
