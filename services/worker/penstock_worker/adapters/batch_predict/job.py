@@ -27,7 +27,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from penstock.datasets import Contents, ReadOptions, read
+from penstock.datasets import Contents, ReadOptions
 from penstock.registry.v1 import artifact_pb2
 from penstock_kit.errors import Code, Internal, PenstockError, Reason, Unavailable
 from penstock_kit.jobs.batch_predict import (
@@ -40,6 +40,7 @@ from penstock_kit.routing.table import Target
 from penstock_worker.adapters.batch_predict.answers import ChunkAnswers
 from penstock_worker.adapters.batch_predict.caller import DeploymentCaller
 from penstock_worker.adapters.batch_predict.inputs import Source, find_sources
+from penstock_worker.adapters.data import Shared, contents_of
 from penstock_worker.usecases.job_context import FetchedDataset, JobContext, JobFailure, Stopped
 
 OUTAGE_SECONDS = 300.0
@@ -113,12 +114,8 @@ def _read(context: JobContext, fetched: FetchedDataset) -> Contents:
         features=tuple(str(name) for name in described.get("learn_from", ())),
         target=str(described.get("target", "")),
         classes=tuple(str(name) for name in described.get("classes", ())),
-        scratch=context.scratch,
     )
-    try:
-        return read(fetched.path, fetched.artifact.format, options)
-    except PenstockError as error:
-        raise JobFailure(f"The dataset cannot be used: {error}", "INVALID_DATA") from error
+    return contents_of(fetched, options, Shared(fetched.decoded, context.scratch))
 
 
 @dataclass(slots=True)

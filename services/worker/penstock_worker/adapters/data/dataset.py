@@ -232,8 +232,7 @@ def open_dataset(
         classes=tuple(str(name) for name in described.get("classes", ())) if same else (),
     )
     shared = Shared(fetched.decoded, scratch)
-    key = hashlib.sha256(repr((fetched.artifact.format, options)).encode()).hexdigest()[:16]
-    contents = decoded(fetched, options, shared, key)
+    contents = contents_of(fetched, options, shared)
     if require_label and contents.targets is None and contents.task != "language_model":
         raise JobFailure(
             f"The dataset {_short(fetched)} has no label: say which column it is (`label`), or push it "
@@ -249,10 +248,9 @@ def open_dataset(
         )
     tensors = _Tensors(contents)
     target_dtype = None if contents.targets is None else tensors.targets.dtype
-    key = hashlib.sha256(repr((key, held_out, seed)).encode()).hexdigest()[:16]
     return OpenedDataset(
         shared=shared,
-        key=key,
+        key=_digest(fetched.artifact.format, options, held_out, seed),
         task=contents.task,
         train=Part(tensors, train_rows),
         held_out=Part(tensors, held_rows),
@@ -266,14 +264,13 @@ def open_dataset(
     )
 
 
-def decoded(fetched: FetchedDataset, options: ReadOptions, shared: Shared, key: str) -> Contents:
+def contents_of(fetched: FetchedDataset, options: ReadOptions, shared: Shared) -> Contents:
     """Return what a dataset holds, mapped; it is read and checked if no rank of the node has done so.
 
     Args:
         fetched: The dataset.
         options: How it is to be read.
         shared: Where the files are.
-        key: Tells these options from others.
 
     Raises:
         JobFailure: INVALID_DATA or OUT_OF_DISK.
@@ -284,13 +281,17 @@ def decoded(fetched: FetchedDataset, options: ReadOptions, shared: Shared, key: 
         laid_out.save(read(fetched.path, fetched.artifact.format, laid), directory)
 
     try:
-        return laid_out.load(shared.once(f"contents-{key}", write))
+        return laid_out.load(shared.once(f"contents-{_digest(fetched.artifact.format, options)}", write))
     except JobFailure:
         raise
     except ResourceExhausted as error:
         raise JobFailure(str(error), "OUT_OF_DISK", permanent=False) from error
     except PenstockError as error:
         raise JobFailure(f"The dataset {_short(fetched)} cannot be used: {error}", "INVALID_DATA") from error
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def _short(fetched: FetchedDataset) -> str:
