@@ -12,6 +12,7 @@ from penstock.scheduler.v1 import job_pb2
 from support.agent_world import World, kill, until
 from support.artifact_caller import ArtifactCaller
 from support.job_specs import job
+from support.task_events import Events
 
 pytestmark = pytest.mark.training
 
@@ -78,7 +79,7 @@ def steps(trace: Path) -> list[list[int]]:
 
 
 async def test_two_ranks_are_stopped_go_on_lose_one_go_on_again_and_make_a_model(
-    world: World, run_agent, registry, artifacts: ArtifactCaller, tmp_path: Path
+    world: World, run_agent, registry, artifacts: ArtifactCaller, events: Events, tmp_path: Path
 ) -> None:
     trace = tmp_path / "trace"
     made = await wanted(artifacts, trace)
@@ -86,6 +87,9 @@ async def test_two_ranks_are_stopped_go_on_lose_one_go_on_again_and_make_a_model
     async with run_agent(torch=True, train=script, allow_user_code=True):
         first = world.want_task(made)
         await until(lambda: any(line[0] >= 12 for line in steps(trace)))
+        phases = [e.progress.phase for e in await events.of(first.name) if e.HasField("progress")]
+        assert "Fetching its bundle" in phases[0]
+        assert phases[-1] == "", "what was fetched is no news any more"
         world.change_task(first.name, stopping=True)
         await world.task_state(first.name, "STOPPED")
         stopped_at = max(line[0] for line in steps(trace))

@@ -90,6 +90,7 @@ class TaskClerk:
         self._starts = 0
         self._held: list[int] = []
         self._progress_from: tuple[float, int] | None = None
+        self._said = job_pb2.JobProgress()
 
     def begin(self) -> None:
         """A launcher starts, perhaps after the end of one before."""
@@ -105,7 +106,8 @@ class TaskClerk:
                 text = str(fields["text"])[:MAX_LINE_CHARACTERS]
                 self.say(text, rank=int(fields["rank"]), error=bool(fields["error"]))
             case "progress":
-                self._add(job_pb2.JobEvent(progress=self._progress(fields)))
+                self._said = self._progress(fields)
+                self._add(job_pb2.JobEvent(progress=self._said))
             case "metrics":
                 values = dict(list(fields["values"].items())[:MAX_METRICS])
                 self._add(
@@ -256,11 +258,19 @@ class TaskClerk:
             tuple(BundleFile(file.path, file.size_bytes, file.sha256) for file in files),
         )
 
+        fetched = False
+
         def say(words: str) -> None:
+            nonlocal fetched
+            fetched = True
             phase = f"{name}: {words}"
             self._add(job_pb2.JobEvent(progress=job_pb2.JobProgress(phase=phase)))
 
-        return await self._leases.enter_async_context(self._bundles.lease(wanted, say))
+        path = await self._leases.enter_async_context(self._bundles.lease(wanted, say))
+        if fetched:
+            # What the ranks said before stands again: nothing is fetched any more.
+            self._add(job_pb2.JobEvent(progress=self._said))
+        return path
 
     # Checkpoints.
 
