@@ -122,7 +122,8 @@ class CannedRegistry(
         if name.startswith("artifacts/missing/"):
             raise NotFound(f"There is no {name}.", reason=Reason.RESOURCE_NOT_FOUND)
         maker = "jobs/other" if name.startswith("artifacts/foreign/") else "jobs/fit"
-        return artifact_pb2.Artifact(name=name, state=artifact_pb2.ARTIFACT_STATE_READY, job=maker)
+        kind = artifact_pb2.ARTIFACT_KIND_DATASET
+        return artifact_pb2.Artifact(name=name, state=artifact_pb2.ARTIFACT_STATE_READY, job=maker, kind=kind)
 
     async def GetVersion(self, request: Any, context: Any) -> version_pb2.Version:
         """All that nobody pushed was made by the job of the tests."""

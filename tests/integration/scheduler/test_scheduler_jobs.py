@@ -90,6 +90,19 @@ async def test_names_get_their_numbers_and_unknown_ones_are_refused_at_once(clie
         await client.job("other")
 
 
+async def test_answers_go_to_a_new_name_or_to_earlier_answers_and_to_nothing_else(client: Any) -> None:
+    await client.create()
+    fields = {"deployment": "deployments/digits", "dataset": "rows"}
+    with pytest.raises(FailedPrecondition, match="artifacts/rows is a DATASET; choose another name"):
+        await client.create_job(
+            batch_predict=job_work_pb2.BatchPredictWork(**fields, artifact="artifacts/rows")
+        )
+    made = await client.create_job(
+        batch_predict=job_work_pb2.BatchPredictWork(**fields, artifact="artifacts/missing")
+    )
+    assert made.batch_predict.artifact == "artifacts/missing"
+
+
 async def test_more_ranks_than_the_cluster_has_are_refused_with_what_lacks(bench: Any, client: Any) -> None:
     await bench.agent("n1", cpu_millis=2000)
     await bench.agent("n2", cpu_millis=1000)

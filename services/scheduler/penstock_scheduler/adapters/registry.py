@@ -74,6 +74,23 @@ class GrpcRegistry:
             )
         return str(found.name)
 
+    async def check_answers(self, artifact: str) -> None:
+        """See `Registry.check_answers`."""
+        request = artifact_service_pb2.GetArtifactRequest(name=f"artifacts/{artifact}")
+        try:
+            found = await self._artifacts.GetArtifact(request, timeout=RESOLVE_TIMEOUT_SECONDS)
+        except NotFound:
+            return
+        except DeadlineExceeded as error:
+            raise _late(RESOLVE_TIMEOUT_SECONDS) from error
+        if found.kind != artifact_pb2.ARTIFACT_KIND_PREDICTIONS:
+            kind = artifact_pb2.ArtifactKind.Name(found.kind).removeprefix("ARTIFACT_KIND_")
+            raise FailedPrecondition(
+                f"artifacts/{artifact} is a {kind}; choose another name for the answers.",
+                reason=Reason.WRONG_STATE,
+                metadata={"artifact": f"artifacts/{artifact}", "kind": kind},
+            )
+
     async def newest(self, model: str) -> str:
         """See `Registry.newest`."""
         request = pb.ResolveVersionRequest(model=f"models/{model}")

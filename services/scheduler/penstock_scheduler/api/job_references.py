@@ -62,6 +62,8 @@ def _places(job: job_pb2.Job) -> Iterator[_Place]:
         yield from _field(work, "version", _version)
     if "deployment" in known:
         yield from _field(work, "deployment", _deployment)
+    if kind == "batch_predict":
+        yield from _field(job.batch_predict, "artifact", _answers)
     if kind == "train":
         if job.train.WhichOneof("way") == "recipe":
             yield from _field(job.train.recipe, "fine_tune", _version)
@@ -98,6 +100,11 @@ def _artifact(text: str) -> Reference:
         case _:
             names.check_id(text, "artifact")
     return Reference("artifact", text)
+
+
+def _answers(text: str) -> Reference:
+    """{artifact} or artifacts/{artifact}, which gets a new version."""
+    return Reference("answers", names.check_id(text.removeprefix("artifacts/"), "artifact"))
 
 
 def _deployment(text: str) -> Reference:

@@ -26,9 +26,12 @@ JobMarks = Mapping[str, JobMark]
 
 
 class Reference(NamedTuple):
-    """A dataset, artifact, version or deployment that a job names, as its maker wrote it."""
+    """A dataset, artifact, version or deployment that a job names, as its maker wrote it.
 
-    kind: Literal["artifact", "version", "deployment"]
+    `answers` is the artifact that gets predictions; there need be none of that name yet.
+    """
+
+    kind: Literal["artifact", "answers", "version", "deployment"]
     name: str
     selector: str = ""
 
@@ -244,6 +247,9 @@ class Jobs:
                 if await work.deployments.view(reference.name) is None:
                     raise unknown_deployment(reference.name)
             return f"deployments/{reference.name}"
+        if reference.kind == "answers":
+            await self._registry.check_answers(reference.name)
+            return f"artifacts/{reference.name}"
         if reference.kind == "artifact":
             return await self._registry.artifact(reference.name)
         if not reference.selector:

@@ -335,6 +335,14 @@ class Registry(Protocol):
             Unavailable: the registry cannot be reached.
         """
 
+    async def check_answers(self, artifact: str) -> None:
+        """Returns if an artifact, which there need not be yet, may get predictions.
+
+        Raises:
+            FailedPrecondition: it is of another kind.
+            Unavailable: the registry cannot be reached.
+        """
+
     async def newest(self, model: str) -> str:
         """The full name of the newest READY version of a model.
 
