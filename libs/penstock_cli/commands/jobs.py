@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
 from google.protobuf import json_format
+from google.protobuf.descriptor import Descriptor
 
+from penstock import Client
 from penstock.errors import InvalidArgument, NotFound
-from penstock.jobs import describe_job
+from penstock.jobs import describe_job, job_ended
 from penstock.names import resource, short
 from penstock.scheduler.v1 import job_pb2, job_service_pb2
 from penstock_cli.commands.models import Yes, confirm, report_deleted
 from penstock_cli.following import WATCH_SECONDS, follow, raise_if_not_succeeded
 from penstock_cli.groups import listing_group
 from penstock_cli.job_views import draw_report, jobs_table, print_curves, show_job
-from penstock_cli.output import print_json, print_table, say
+from penstock_cli.output import ago, note, print_json, print_table, say
 from penstock_cli.session import ENDPOINT, Endpoint, Json, Limit, connect, nearest
 
 jobs = listing_group("Work that ends: training, conversion, compression …", named="show")
@@ -97,13 +100,17 @@ def logs(
 ) -> None:
     """Print what a job wrote."""
     with connect(endpoint) as client:
-        if json:
-            print_json(client.list_job_events(name, kinds=(_LOG,)))
-        elif follow_on:
+        if follow_on and not json:
             client.watch_job_events(name, _print_line, kinds=(_LOG,), timeout=WATCH_SECONDS)
-        else:
-            for event in client.list_job_events(name, kinds=(_LOG,)):
+            return
+        found = client.list_job_events(name, kinds=(_LOG,))
+        if json:
+            print_json(found)
+        elif found:
+            for event in found:
                 _print_line(event)
+        else:
+            note(_why_nothing(client, name, "has written nothing"))
 
 
 @jobs.command("metrics")
@@ -116,6 +123,7 @@ def metrics(
     """Print a job's metrics over its steps: curves, and their first, best and last values."""
     with connect(endpoint) as client:
         events = client.list_job_events(name, kinds=(_METRICS,))
+        nothing = "" if events else _why_nothing(client, name, "has recorded none")
     if json:
         print_json([event.metrics for event in events])
         return
@@ -139,7 +147,7 @@ def metrics(
             )
             for key, points in sorted(curves.items())
         ),
-        empty="It has recorded none yet.",
+        empty=nothing,
     )
 
 
@@ -215,10 +223,33 @@ def _read(file: Path) -> job_pb2.Job:
         raise InvalidArgument(f"{file} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise InvalidArgument(f"{file}: write a job as a mapping, with the fields of job.proto.")
+    _check_fields(file, tree, job_pb2.Job.DESCRIPTOR)
     try:
         return json_format.ParseDict(tree, job_pb2.Job())
     except json_format.ParseError as error:
         raise InvalidArgument(f"{file}: {error}") from error
+
+
+def _check_fields(file: Path, tree: Mapping[str, Any], message: Descriptor, where: str = "") -> None:
+    """Return if a job has no field of its own invention; protobuf would not say which one was meant.
+
+    Raises:
+        InvalidArgument: It has one; the words name the nearest, or all.
+    """
+    fields = {name: field for field in message.fields for name in (field.name, field.json_name)}
+    for name, value in tree.items():
+        field = fields.get(name)
+        if field is None:
+            known = [each.name for each in message.fields]
+            hint = nearest(str(name), known) or f"There are {', '.join(known)}."
+            raise InvalidArgument(f"{file}: there is no field {where}{name}. {hint}")
+        inner = field.message_type
+        # Free-form values and maps have words of their own as keys.
+        if inner is None or inner.file.package == "google.protobuf" or inner.GetOptions().map_entry:
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Mapping):
+                _check_fields(file, each, inner, f"{where}{name}.")
 
 
 def _state(text: str) -> job_pb2.JobState.ValueType:
@@ -226,6 +257,14 @@ def _state(text: str) -> job_pb2.JobState.ValueType:
     if name not in _STATES:
         raise InvalidArgument(f"--state {text}: use {', '.join(_STATES)}. {nearest(name, _STATES)}".strip())
     return job_pb2.JobState.Value(f"JOB_STATE_{name}")
+
+
+def _why_nothing(client: Client, name: str, what: str) -> str:
+    """Return why a job has no events of a kind: there were none, or they were not kept."""
+    job = client.get_job(name)
+    if job.last_event and job_ended(job) and not client.list_job_events(name, limit=1):
+        return f"{short(job.name)} ended {ago(job.end_time)}; its log and curves are not kept any longer."
+    return f"{short(job.name)} {what}{'' if job_ended(job) else ' yet'}."
 
 
 def _print_line(event: job_pb2.JobEvent) -> None:

@@ -31,6 +31,7 @@ class JobMesh(FakeMesh, job_service_pb2_grpc.JobServiceServicer):
         super().__init__()
         job_service_pb2_grpc.add_JobServiceServicer_to_server(self, self._server)
         self.job = job_pb2.Job()
+        self.standing = job_pb2.Job(state=job_pb2.JOB_STATE_RUNNING)
         self.end = job_pb2.Job(
             state=job_pb2.JOB_STATE_SUCCEEDED,
             results=["models/digits/versions/1"],
@@ -65,7 +66,9 @@ class JobMesh(FakeMesh, job_service_pb2_grpc.JobServiceServicer):
                 reason=Reason.RESOURCE_NOT_FOUND,
                 metadata={"job": request.name.removeprefix("jobs/")},
             )
-        return self._now(state=job_pb2.JOB_STATE_RUNNING, message="")
+        seen = self._now()
+        seen.MergeFrom(self.standing)
+        return seen
 
     def ListJobs(self, request: Any, context: Any) -> job_service_pb2.ListJobsResponse:
         return job_service_pb2.ListJobsResponse(jobs=[self._now(state=job_pb2.JOB_STATE_RUNNING)])
@@ -262,7 +265,23 @@ def test_a_job_that_was_shown_as_json_can_be_run_from_a_file(
     file.write_text("train: {dataset: digits, modell: x}")
     code, _, err = run(capsys, "jobs", "run", str(file))
     assert code == 2
-    assert "modell" in err
+    assert "there is no field train.modell. Did you mean model?" in err
+    file.write_text("train: {model: m, recipe: {optimizer: {name: sgd, parameters: {any: 1}}, epoch: 3}}")
+    code, _, err = run(capsys, "jobs", "run", str(file))
+    assert code == 2
+    assert "there is no field train.recipe.epoch. Did you mean epochs?" in err
+
+
+def test_a_job_of_long_ago_says_that_its_log_is_not_kept(
+    mesh: JobMesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh.job = job_pb2.Job(name="jobs/old")
+    mesh.events = []
+    assert "old has written nothing yet." in run(capsys, "jobs", "logs", "old")[2]
+    mesh.standing = job_pb2.Job(state=job_pb2.JOB_STATE_SUCCEEDED, last_event=7)
+    mesh.standing.end_time.FromSeconds(1_760_000_000)
+    assert "not kept any longer" in run(capsys, "jobs", "logs", "old")[2]
+    assert "not kept any longer" in run(capsys, "jobs", "metrics", "old")[2]
 
 
 def test_who_watches_sees_progress_a_curve_and_the_log(mesh: JobMesh) -> None:
