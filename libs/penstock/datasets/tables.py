@@ -214,7 +214,7 @@ def _take(
                 "rows (rows count from 0), or leave the column out, and push again."
             )
     for name in plan.strange:
-        raise _strange(piece.column(name), name, first, where)
+        raise _strange(piece.column(name), name, first, where, plan.label)
     if plan.text:
         column = piece.column(plan.text)
         for row, text in enumerate(column.to_pylist()):
@@ -260,18 +260,19 @@ def _label_values(column: Any, name: str, first: int) -> NDArray[Any]:
     return values
 
 
-def _strange(column: Any, name: str, first: int, where: str) -> InvalidArgument:
+def _strange(column: Any, name: str, first: int, where: str, label: str) -> InvalidArgument:
     """Return the error of a feature that is neither a number nor the only text."""
+    hint = "" if label else f" If it is the label, say so: no column is called {', '.join(LABEL_NAMES)}."
     if _is_text(column.type):
         for row, value in enumerate(column.to_pylist()):
             if not _reads_as_number(value):
                 return InvalidArgument(
                     f"{where}: row {first + row}, column {name!r} is {value[:40]!r}, which is no number. "
-                    "Encode the column as numbers, or name the features to learn from."
+                    f"Encode the column as numbers, or name the features to learn from.{hint}"
                 )
     return InvalidArgument(
         f"{where}: column {name!r} is of type {column.type}, which cannot be learnt from. Make it numbers, "
-        "or name the features to learn from."
+        f"or name the features to learn from.{hint}"
     )
 
 

@@ -117,6 +117,12 @@ def test_files_that_are_no_arrays_are_refused(tmp_path: Path) -> None:
     assert "numpy.savez" in refused(path)
 
 
+def test_a_table_whose_label_has_a_name_of_its_own_says_so(tmp_path: Path) -> None:
+    path = csv(tmp_path, "a,b,answer\n1,2,yes\n3,4,no\n")
+    assert "If it is the label, say so: no column is called label, target, y, class." in refused(path)
+    assert read(path, options=ReadOptions(label="answer")).classes == ("no", "yes")
+
+
 def test_a_table_is_one_input_in_the_order_of_its_columns(tmp_path: Path) -> None:
     data = read(csv(tmp_path, "a,label,b\n1,yes,2\n3.5,no,true\n".replace("true", "4")))
     assert data.inputs["x"].tolist() == [[1, 2], [3.5, 4]]
