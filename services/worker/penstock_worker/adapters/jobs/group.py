@@ -110,6 +110,9 @@ class LauncherAgent(SimpleElasticAgent):
         """Number the ranks by the order of their tasks, and agree on a fresh store for them."""
         store.set(f"penstock/task/{group_rank}", str(self._config.index).encode())
         indices = [int(store.get(f"penstock/task/{member}")) for member in range(group_world_size)]
+        if len(indices) < self._config.least_tasks or self._config.index not in indices:
+            # torch counts those that are left when one goes away before all have seen that all are there.
+            raise DistStoreError(f"only {len(indices)} of {self._config.least_tasks} tasks are left")
         place = sorted(indices).index(self._config.index)
         if place == 0:
             self._ranks_store = listen(self._config.host)
