@@ -27,7 +27,7 @@ up: $(STAMP) ## Start the mesh on this machine and stay with it
 	@$(BIN)/penstock up
 
 test: $(STAMP) ## All tests but third-party clients, chaos and benchmarks
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup -m "not clients and not chaos and not performance and not training and not gpu"
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not clients and not chaos and not performance and not training and not gpu"
 
 test-clients: $(STAMP) ## Unmodified third-party clients against a running mesh
 	$(BIN)/python -m pytest -m clients tests/clients

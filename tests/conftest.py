@@ -8,8 +8,9 @@ import itertools
 import os
 import random
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psycopg
@@ -37,21 +38,39 @@ hypothesis.settings.register_profile("penstock", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "penstock"))
 
 
-# A wrapper, as xdist's own hook reads the marks, and no order among others is certain.
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> Generator[None, None, None]:
-    """Keep the tests of a module that share what is costly in one xdist worker, so that it is made once."""
-    for item in items:
-        if _shares_of_module(item) and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    yield
+# Modules of end-to-end tests that use one mesh after another.
+_TOGETHER = {
+    f"tests/e2e/test_{module}.py": mesh
+    for mesh, modules in {
+        "a mesh without code": ("ensembles", "every_format_is_served", "readme"),
+        "a mesh with code": (
+            *("damage_is_noticed", "equal_requests", "shadows_and_first_requests"),
+            *("tensors_go_round", "too_much_to_do"),
+        ),
+    }.items()
+    for module in modules
+}
 
 
-def _shares_of_module(item: pytest.Item) -> bool:
-    """Whether a test uses a fixture that lives as long as its module."""
-    found = getattr(item, "_fixtureinfo", None)  # what `--fixtures-per-test` shows; there is no public way
-    fixtures = found.name2fixturedefs.values() if found else ()
-    return any(fixture.scope == "module" for group in fixtures for fixture in group)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """Keep the tests of a module in one worker of xdist: what they share is then made once.
+
+    The marks of `--dist loadgroup` do not reach pytest-xdist 3.8 on pytest 9.2, and `--dist loadscope`
+    would part the classes of a module. Modules start in their order: meshes first, short unit tests last, so
+    that no worker ends long before the other.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return _TOGETHER.get(module, module)
+
+    if config.getvalue("dist") != "load":  # what -n means, unless told otherwise
+        return None
+    config.option.loadscopereorder = False
+    return ByModule(config, log)
 
 
 def pytest_report_header() -> str:

@@ -1,14 +1,18 @@
 """A real mesh for end-to-end tests: embedded servers and every service, each a process, on a free port.
 
-`mesh` is one per test module; `start_mesh` makes others, with options of their own. When a test fails, the
-ends of the services' logs are in its report.
+`mesh` is one per test module; `start_mesh` makes others, with options of their own. `shared_mesh` is for
+modules that harm nothing but what they have deployed: tests/conftest.py keeps them in one xdist worker.
+When a test fails, the ends of the services' logs are in its report.
 """
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
+import penstock
+from penstock.errors import FailedPrecondition, NotFound
 from support.mesh_process import Mesh
 
 # A mesh takes some 5 s to start, and many times as long where others use the machine too.
@@ -35,24 +39,69 @@ def start_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
         mesh.stop()
 
 
+class _Shared:
+    """The mesh of the last module that shared one, until another one needs other settings."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._env: dict[str, str] = {}
+        self._mesh: Mesh | None = None
+
+    def get(self, env: dict[str, str]) -> Mesh:
+        if self._mesh is None or self._env != env or not self._mesh.runs():
+            self.stop()
+            self._mesh, self._env = Mesh(self._factory.mktemp("mesh") / "data", env=env), env
+            _running.append(self._mesh)
+        return self._mesh
+
+    def clear(self) -> None:
+        """Leave the next module all the room."""
+        if self._mesh is None or not self._mesh.runs():
+            return
+        with penstock.Client(self._mesh.address) as client:
+
+            def empty() -> bool:
+                for each in client.list_deployments():
+                    # A step of an ensemble goes after that, and some are on their way.
+                    with contextlib.suppress(FailedPrecondition, NotFound):
+                        client.undeploy(each.name.removeprefix("deployments/"))
+                return not client.list_deployments() and not client.list_replicas()
+
+            self._mesh.wait(empty, "there are no deployments any more", 60)
+
+    def stop(self) -> None:
+        if self._mesh is not None:
+            mesh, self._mesh = self._mesh, None
+            _running.remove(mesh)
+            mesh.stop()
+
+
+@pytest.fixture(scope="session")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Shared]:
+    shared = _Shared(tmp_path_factory)
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture(scope="module")
+def shared_mesh(_shared: _Shared) -> Iterator[Callable[..., Mesh]]:
+    """Give a mesh that other modules have used and will use, without deployments: `shared_mesh(env={…})`."""
+    yield lambda *, env=None: _shared.get(env or {})
+    _shared.clear()
+
+
 @pytest.fixture(scope="module")
 def mesh(start_mesh: Callable[..., Mesh]) -> Mesh:
     """A mesh of one gateway and one worker, shared by the tests of a module."""
     return start_mesh()
 
 
-# A wrapper, as xdist's own hook reads the marks, and no order among others is certain.
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> Generator[None, None, None]:
-    """Keep the tests of a module in one xdist worker: they share a mesh. Give them time to start one."""
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Give tests time to start a mesh."""
     here = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(here):
-            if not item.get_closest_marker("xdist_group"):
-                item.add_marker(pytest.mark.xdist_group(item.path.stem))
-            if not item.get_closest_marker("timeout"):
-                item.add_marker(pytest.mark.timeout(_TIMEOUT_SECONDS))
-    yield
+        if item.path.is_relative_to(here) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(_TIMEOUT_SECONDS))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -38,9 +38,9 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def mesh(start_mesh: Callable[..., Mesh]) -> Mesh:
+def mesh(shared_mesh: Callable[..., Mesh]) -> Mesh:
     """A mesh whose operator lets models bring code."""
-    return start_mesh(env={"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"})
+    return shared_mesh(env={"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"})
 
 
 @pytest.fixture

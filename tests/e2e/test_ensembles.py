@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +19,11 @@ from penstock import Client, PackageOptions
 from penstock.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, Reason, Unavailable
 from support.digits_ensemble import Digits, train
 from support.mesh_process import Mesh
+
+
+@pytest.fixture(scope="module")
+def mesh(shared_mesh: Callable[..., Mesh]) -> Mesh:
+    return shared_mesh()
 
 
 @pytest.fixture(scope="module")

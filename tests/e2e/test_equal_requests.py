@@ -47,8 +47,8 @@ SETTLED_SECONDS = 0.5
 
 
 @pytest.fixture(scope="module")
-def mesh(start_mesh: Callable[..., Mesh]) -> Mesh:
-    return start_mesh(env={"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"})
+def mesh(shared_mesh: Callable[..., Mesh]) -> Mesh:
+    return shared_mesh(env={"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"})
 
 
 @pytest.fixture(scope="module")

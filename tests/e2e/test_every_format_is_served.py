@@ -84,6 +84,11 @@ def triton(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def mesh(shared_mesh: Callable[..., Mesh]) -> Mesh:
+    return shared_mesh()
+
+
+@pytest.fixture(scope="module")
 def client(mesh: Mesh) -> Iterator[Client]:
     with Client(mesh.address) as client:
         yield client

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,11 @@ class Shell:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         return _SIZE.sub("SIZE", done.stdout)
+
+
+@pytest.fixture(scope="module")
+def mesh(shared_mesh: Callable[..., Mesh]) -> Mesh:
+    return shared_mesh()
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,8 @@ PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
-def mesh(start_mesh: Callable[..., Mesh]) -> Mesh:
-    return start_mesh(env={"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"})
+def mesh(shared_mesh: Callable[..., Mesh]) -> Mesh:
+    return shared_mesh(env={"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"})
 
 
 @pytest.fixture(scope="module")

@@ -41,9 +41,9 @@ few = settings(max_examples=15, deadline=None, suppress_health_check=[HealthChec
 
 
 @pytest.fixture(scope="module")
-def mesh(start_mesh: Callable[..., Mesh], tmp_path_factory: pytest.TempPathFactory) -> Mesh:
+def mesh(shared_mesh: Callable[..., Mesh], tmp_path_factory: pytest.TempPathFactory) -> Mesh:
     """Serves `all-R` for every datatype and `typed-R` for those that have a typed form, R being the rank."""
-    mesh = start_mesh(env={"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"})
+    mesh = shared_mesh(env={"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"})
     folder = tmp_path_factory.mktemp("identities")
     with penstock.Client(mesh.address) as client:
         for rank in RANKS:

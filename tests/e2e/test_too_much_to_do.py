@@ -37,8 +37,8 @@ ROW = {"x": np.zeros((1, WIDTH), np.float32)}
 
 
 @pytest.fixture(scope="module")
-def mesh(start_mesh: Callable[..., Mesh], tmp_path_factory: pytest.TempPathFactory) -> Mesh:
-    made = start_mesh(env={"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"})
+def mesh(shared_mesh: Callable[..., Mesh], tmp_path_factory: pytest.TempPathFactory) -> Mesh:
+    made = shared_mesh(env={"PENSTOCK_ALLOW_PYTHON_RUNTIME": "true"})
     folder = tmp_path_factory.mktemp("model")
     build_python(folder, CODE, max_batch_size=BATCH)
     with penstock.Client(made.address) as client:

@@ -28,7 +28,7 @@ from support.models import (
 )
 
 # In one process: what torch's exporter learns about ONNX takes a second each time.
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("conversion")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def answers(version: FetchedVersion, **inputs: Any) -> dict[str, Any]:
