@@ -11,43 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from google.protobuf import json_format, struct_pb2
+from google.protobuf import struct_pb2
 
 from penstock.registry.v1 import gate_pb2
 from penstock.scheduler.v1 import job_work_pb2
-from penstock_kit.errors import InvalidArgument, Reason
-from penstock_kit.jobs.fields import choose, nearest
+from penstock_kit.errors import InvalidArgument
+from penstock_kit.jobs.fields import Field, choose, invalid, nearest, read_fields, values_of
 from penstock_kit.jobs.measure import METRICS
+from penstock_kit.jobs.train import architecture_of
 
 SCHEMES = ("dynamic_int8", "static_int8", "weight_only_int8", "weight_only_int4")
 MAX_STEPS = 16
 MAX_SEARCH_SECONDS = 24 * 3600.0
 DEFAULT_SEARCH_SECONDS = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One parameter of a step.
-
-    Attributes:
-        kind: integer, number, flag, word, choice, names (a list of words) or mapping.
-        default: What it is if nobody says.
-        low: It must not be below; numbers and integers only.
-        high: It must not be above.
-        above_low: It must not be equal to `low` either.
-        below_high: It must not be equal to `high` either.
-        choices: What a choice may be.
-        help: What it does, for people.
-    """
-
-    kind: str
-    default: Any
-    help: str
-    low: float = -math.inf
-    high: float = math.inf
-    above_low: bool = False
-    below_high: bool = False
-    choices: tuple[str, ...] = ()
+_FIELD = "job.compress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,40 +50,40 @@ class Step:
         return f"{self.name}({', '.join(said)})" if said else self.name
 
 
-def _share(default: float, text: str) -> Parameter:
-    return Parameter("number", default, text, low=0.0, high=1.0, above_low=True, below_high=True)
+def _share(default: float, text: str) -> Field:
+    return Field("number", default, text, low=0.0, high=1.0, above_low=True, below_high=True)
 
 
-def _repair(epochs: float = 0.0) -> dict[str, Parameter]:
+def _repair(epochs: float = 0.0) -> dict[str, Field]:
     """Parameters of the training after a step that removes something."""
     return {
-        "repair_epochs": Parameter(
+        "repair_epochs": Field(
             "number", epochs, "Epochs of training afterwards, to win back what was lost.", low=0, high=1000
         ),
-        "learning_rate": Parameter(
+        "learning_rate": Field(
             "number", 0.001, "Learning rate (AdamW) of that training.", low=0.0, high=1.0, above_low=True
         ),
-        "batch_size": Parameter("integer", 64, "Rows of its steps.", low=1, high=65536),
+        "batch_size": Field("integer", 64, "Rows of its steps.", low=1, high=65536),
     }
 
 
-_LAYERS = Parameter("names", (), "Only layers of these names (or below them); empty means all that it suits.")
+_LAYERS = Field("names", (), "Only layers of these names (or below them); empty means all that it suits.")
 
-STEPS: Mapping[str, Mapping[str, Parameter]] = {
+STEPS: Mapping[str, Mapping[str, Field]] = {
     "clip": {
-        "percentile": Parameter(
+        "percentile": Field(
             "number",
             99.9,
             "Bound of each weight tensor: this percentile of its magnitudes.",
             low=50,
             high=100,
         ),
-        "absolute": Parameter("number", 0.0, "The bound itself; 0 means by percentile.", low=0.0),
+        "absolute": Field("number", 0.0, "The bound itself; 0 means by percentile.", low=0.0),
         "layers": _LAYERS,
     },
     "prune": {
         "amount": _share(0.5, "Part of the weights that become 0, the smallest magnitudes first."),
-        "scope": Parameter(
+        "scope": Field(
             "choice", "global", "Smallest of all layers together, or of each.", choices=("global", "layer")
         ),
         "layers": _LAYERS,
@@ -114,39 +91,37 @@ STEPS: Mapping[str, Mapping[str, Parameter]] = {
     },
     "prune_channels": {
         "amount": _share(0.5, "Part of the channels or hidden units that are taken out."),
-        "scope": Parameter(
+        "scope": Field(
             "choice",
             "layer",
             "Least important of all layers together, or of each.",
             choices=("global", "layer"),
         ),
-        "importance": Parameter(
+        "importance": Field(
             "choice", "l2", "What makes a channel important.", choices=("l1", "l2", "taylor")
         ),
-        "round_to": Parameter("integer", 1, "Channels are left in multiples of this.", low=1, high=256),
+        "round_to": Field("integer", 1, "Channels are left in multiples of this.", low=1, high=256),
         "layers": _LAYERS,
         **_repair(3.0),
     },
     "prune_2_4": {"layers": _LAYERS, **_repair()},
     "quantize": {
-        "scheme": Parameter(
-            "choice", "dynamic_int8", "How numbers are stored and computed.", choices=SCHEMES
-        ),
-        "runtime": Parameter(
+        "scheme": Field("choice", "dynamic_int8", "How numbers are stored and computed.", choices=SCHEMES),
+        "runtime": Field(
             "choice",
             "onnx",
             "Who serves the result; torch is for static_int8 of linear layers.",
             choices=("onnx", "torch"),
         ),
-        "rows": Parameter(
+        "rows": Field(
             "integer", 256, "Rows of the training part that static_int8 calibrates with.", low=1, high=65536
         ),
-        "calibration": Parameter(
+        "calibration": Field(
             "choice", "minmax", "How static_int8 finds ranges.", choices=("minmax", "entropy", "percentile")
         ),
-        "per_channel": Parameter("flag", True, "A scale for each output channel instead of each tensor."),
-        "embeddings": Parameter("flag", True, "Store embedding tables in 8 bits, too."),
-        "group_size": Parameter(
+        "per_channel": Field("flag", True, "A scale for each output channel instead of each tensor."),
+        "embeddings": Field("flag", True, "Store embedding tables in 8 bits, too."),
+        "group_size": Field(
             "integer",
             64,
             "Weights that share a scale, weight_only only: 16, 32, 64, 128 or 256.",
@@ -155,26 +130,22 @@ STEPS: Mapping[str, Mapping[str, Parameter]] = {
         ),
     },
     "distill": {
-        "teacher": Parameter("word", "", "The version that teaches; empty means the one that is compressed."),
-        "student": Parameter(
+        "teacher": Field("word", "", "The version that teaches; empty means the one that is compressed."),
+        "student": Field(
             "word", "", "Architecture of a new student; empty means the model with fewer layers."
         ),
-        "student_parameters": Parameter("mapping", {}, "Sizes of the new student."),
-        "keep_layers": Parameter(
-            "integer", 0, "Layers that the student keeps; 0 means half.", low=0, high=1000
-        ),
-        "epochs": Parameter("number", 5.0, "Epochs of its training.", low=0, high=10000, above_low=True),
-        "learning_rate": Parameter(
-            "number", 0.001, "Learning rate (AdamW).", low=0.0, high=1.0, above_low=True
-        ),
-        "batch_size": Parameter("integer", 64, "Rows of a step.", low=1, high=65536),
-        "temperature": Parameter(
+        "student_parameters": Field("mapping", {}, "Sizes of the new student."),
+        "keep_layers": Field("integer", 0, "Layers that the student keeps; 0 means half.", low=0, high=1000),
+        "epochs": Field("number", 5.0, "Epochs of its training.", low=0, high=10000, above_low=True),
+        "learning_rate": Field("number", 0.001, "Learning rate (AdamW).", low=0.0, high=1.0, above_low=True),
+        "batch_size": Field("integer", 64, "Rows of a step.", low=1, high=65536),
+        "temperature": Field(
             "number", 2.0, "What logits are divided by.", low=0.0, high=100.0, above_low=True
         ),
-        "alpha": Parameter(
+        "alpha": Field(
             "number", 0.7, "Weight of the teacher's answers beside the labels'.", low=0.0, high=1.0
         ),
-        "hidden": Parameter(
+        "hidden": Field(
             "number",
             0.0,
             "Weight of the distance between hidden states; 0 leaves them out.",
@@ -183,18 +154,18 @@ STEPS: Mapping[str, Mapping[str, Parameter]] = {
         ),
     },
     "drop_layers": {
-        "layers": Parameter("integer", 1, "How many go, the least important first.", low=1, high=1000),
-        "importance": Parameter(
+        "layers": Field("integer", 1, "How many go, the least important first.", low=1, high=1000),
+        "importance": Field(
             "choice",
             "loss",
             "What a layer is worth: the loss without it, or how much it turns its input.",
             choices=("loss", "similarity"),
         ),
-        "rows": Parameter("integer", 256, "Rows that importance is measured on.", low=1, high=65536),
+        "rows": Field("integer", 256, "Rows that importance is measured on.", low=1, high=65536),
         **_repair(2.0),
     },
     "low_rank": {
-        "energy": Parameter(
+        "energy": Field(
             "number",
             0.9,
             "Part of the squared singular values that is kept.",
@@ -202,7 +173,7 @@ STEPS: Mapping[str, Mapping[str, Parameter]] = {
             high=1.0,
             above_low=True,
         ),
-        "rank": Parameter("integer", 0, "The rank itself; 0 means by energy.", low=0, high=1 << 20),
+        "rank": Field("integer", 0, "The rank itself; 0 means by energy.", low=0, high=1 << 20),
         "layers": _LAYERS,
         **_repair(),
     },
@@ -250,8 +221,8 @@ def steps_of(work: job_work_pb2.CompressWork) -> tuple[Step, ...]:
         InvalidArgument: One is unknown, or a parameter of it is.
     """
     return tuple(
-        step_of(step.name, json_format.MessageToDict(step.parameters), f"compress.steps[{index}]")
-        for index, step in enumerate(work.steps)
+        step_of(step.name, values_of(step.parameters, where, f"{_FIELD}.steps"), where)
+        for where, step in ((f"compress.steps[{index}]", step) for index, step in enumerate(work.steps))
     )
 
 
@@ -268,20 +239,16 @@ def step_of(name: str, given: Mapping[str, Any], where: str = "step") -> Step:
     """
     if name not in STEPS:
         raise _invalid(f"{where}.name: there is no step {name!r}{nearest(name, STEPS)}", "steps")
-    known = STEPS[name]
-    for key in given:
-        if key not in known:
-            raise _invalid(f"{where}: the step {name} has no parameter {key!r}{nearest(key, known)}", "steps")
-    values = {
-        key: _value(f"{where}: {name}.{key}", parameter, given[key]) if key in given else parameter.default
-        for key, parameter in known.items()
-    }
+    values = read_fields(f"{where}: {name}", STEPS[name], given, f"{_FIELD}.steps")
     if name == "quantize" and values["group_size"] not in _GROUP_SIZES:
         raise _invalid(
             f"{where}: quantize.group_size is {values['group_size']}; it may be "
             f"{', '.join(map(str, _GROUP_SIZES))}.",
             "steps",
         )
+    if values.get("student"):
+        # Which task it has to learn, and what it takes over from its teacher, is known later.
+        architecture_of("", values["student"], values["student_parameters"], field=f"{_FIELD}.steps")
     return Step(name, values)
 
 
@@ -321,56 +288,9 @@ def _check_gate(gate: gate_pb2.Gate) -> None:
             raise _invalid(f"compress.gate.{bound.name} is {value}; it must be a number from 0 on.", "gate")
 
 
-def _value(where: str, parameter: Parameter, value: Any) -> Any:
-    """Return a given value in the parameter's own type."""
-    if parameter.kind == "flag":
-        if isinstance(value, bool):
-            return value
-        raise _invalid(f"{where} is {value!r}; it must be true or false.", "steps")
-    if parameter.kind in {"integer", "number"}:
-        return _number(where, parameter, value)
-    if parameter.kind == "names":
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise _invalid(f"{where} is {value!r}; it must be a list of names.", "steps")
-    if parameter.kind == "mapping":
-        if isinstance(value, Mapping):
-            return dict(value)
-        raise _invalid(f"{where} is {value!r}; it must be a mapping.", "steps")
-    if not isinstance(value, str):
-        raise _invalid(f"{where} is {value!r}; it must be a word.", "steps")
-    if parameter.kind == "choice" and value not in parameter.choices:
-        choices = ", ".join(parameter.choices)
-        raise _invalid(f"{where} cannot be {value!r}; it may be {choices}.", "steps")
-    return value
-
-
-def _number(where: str, parameter: Parameter, value: Any) -> float | int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _invalid(f"{where} is {value!r}; it must be a number.", "steps")
-    if parameter.kind == "integer" and value != int(value):
-        raise _invalid(f"{where} is {value!r}; it must be a whole number.", "steps")
-    low = value <= parameter.low if parameter.above_low else value < parameter.low
-    high = value >= parameter.high if parameter.below_high else value > parameter.high
-    if low or high:
-        raise _invalid(f"{where} is {value:g}; it must be {_range(parameter)}.", "steps")
-    return int(value) if parameter.kind == "integer" else float(value)
-
-
-def _range(parameter: Parameter) -> str:
-    words = []
-    if parameter.low > -math.inf:
-        words.append(f"{'above' if parameter.above_low else 'at least'} {parameter.low:g}")
-    if parameter.high < math.inf:
-        words.append(f"{'below' if parameter.below_high else 'at most'} {parameter.high:g}")
-    return " and ".join(words)
-
-
 def _brief(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _invalid(message: str, field_name: str) -> InvalidArgument:
-    return InvalidArgument(
-        message, reason=Reason.INVALID_REQUEST, metadata={"field": f"job.compress.{field_name}"}
-    )
+    return invalid(message, f"{_FIELD}.{field_name}")

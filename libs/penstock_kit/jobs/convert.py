@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf import json_format
-
 from penstock.scheduler.v1 import job_work_pb2
-from penstock_kit.jobs.fields import Field, check_range, choose, invalid, read_fields
+from penstock_kit.jobs.fields import Field, check_range, choose, invalid, read_fields, values_of
 from penstock_kit.names import parse_model
 
 DEFAULT_TOLERANCE = 0.001
@@ -71,6 +69,6 @@ def plan(work: job_work_pb2.ConvertWork) -> Plan:
         raise invalid(f"convert.format is required: one of {', '.join(FORMATS)}.", f"{_FIELD}.format")
     kind = choose("format", work.format, FORMATS, f"{_FIELD}.format")
     check_range("convert.tolerance", work.tolerance, f"{_FIELD}.tolerance", low=0.0, high=MAX_TOLERANCE)
-    given = json_format.MessageToDict(work.parameters)
+    given = values_of(work.parameters, "convert.parameters", f"{_FIELD}.parameters")
     parameters = read_fields(f"a conversion to {kind}", FORMATS[kind], given, f"{_FIELD}.parameters")
     return Plan(kind, work.tolerance or DEFAULT_TOLERANCE, parameters)

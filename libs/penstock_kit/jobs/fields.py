@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf import json_format, struct_pb2
+
 from penstock_kit.errors import InvalidArgument, Reason
 
 
@@ -16,7 +18,7 @@ class Field:
     """One parameter.
 
     Attributes:
-        kind: integer, number, flag, choice, integers or numbers (lists).
+        kind: integer, number, flag, choice, word, integers, numbers or names (lists), or mapping.
         default: What it is if nobody says; None where that is left to who uses it.
         help: What it does, for people.
         low: It, or each element, must not be below.
@@ -60,6 +62,19 @@ def read_fields(
         name: _value(f"{where}: {name}", entry, given[name], field) if name in given else entry.default
         for name, entry in known.items()
     }
+
+
+def values_of(parameters: struct_pb2.Struct, where: str, field: str) -> dict[str, Any]:
+    """Return the parameters of a message by name; numbers are floats.
+
+    Raises:
+        InvalidArgument: One is NaN or infinite, which JSON does not have.
+    """
+    try:
+        found: dict[str, Any] = json_format.MessageToDict(parameters)
+    except ValueError as error:
+        raise invalid(f"{where}: {error}", field) from error
+    return found
 
 
 def choose(what: str, word: str, known: Iterable[str], field: str) -> str:
@@ -114,6 +129,18 @@ def _value(where: str, entry: Field, value: Any, field: str) -> Any:
             return value
         choices = ", ".join(entry.choices)
         raise invalid(f"{where} cannot be {_shown(value)}; it may be {choices}.", field)
+    if entry.kind == "word":
+        if isinstance(value, str):
+            return value
+        raise invalid(f"{where} is {_shown(value)}; it must be a word.", field)
+    if entry.kind == "names":
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise invalid(f"{where} is {_shown(value)}; it must be a list of names.", field)
+    if entry.kind == "mapping":
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise invalid(f"{where} is {_shown(value)}; it must be a mapping.", field)
     if entry.kind in {"integers", "numbers"}:
         least, most = entry.length
         if not isinstance(value, list | tuple) or not least <= len(value) <= most:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf import json_format, struct_pb2
+from google.protobuf import struct_pb2
 
 from penstock.scheduler.v1 import job_work_pb2
-from penstock_kit.jobs.fields import check_range, choose, invalid, read_fields
+from penstock_kit.jobs.fields import check_range, choose, invalid, read_fields, values_of
 from penstock_kit.jobs.training import (
     ARCHITECTURES,
     LOSSES,
@@ -191,18 +191,20 @@ def plan_of(recipe: job_work_pb2.Recipe) -> Plan:
     )
 
 
-def architecture_of(task: str, name: str, given: Mapping[str, Any]) -> Named:
+def architecture_of(
+    task: str, name: str, given: Mapping[str, Any], *, field: str = f"{_FIELD}.recipe.architecture"
+) -> Named:
     """Return an architecture with all its parameters.
 
     Args:
         task: What it has to learn; empty if not known yet.
         name: Which; empty for the usual one of the task.
         given: Parameters as a Struct gives them.
+        field: Path of the field with the name, for programs.
 
     Raises:
         InvalidArgument: It is unknown, learns no such task, or a parameter is wrong.
     """
-    field = f"{_FIELD}.recipe.architecture"
     name = choose("architecture", name or USUAL_ARCHITECTURE[task], ARCHITECTURES, field)
     entry = ARCHITECTURES[name]
     if task and task not in entry.tasks:
@@ -360,9 +362,4 @@ def _check(name: str, value: float, *, low: float, high: float = float("inf")) -
 
 
 def _struct(parameters: struct_pb2.Struct, name: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json_format.MessageToDict(parameters)
-    except ValueError as error:
-        # NaN and infinity, which JSON does not have.
-        raise invalid(f"recipe.{name}: {error}", f"{_FIELD}.recipe.{name}") from error
-    return found
+    return values_of(parameters, f"recipe.{name}", f"{_FIELD}.recipe.{name}")

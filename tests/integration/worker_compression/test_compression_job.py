@@ -182,6 +182,9 @@ def test_a_step_that_the_model_cannot_bear_is_refused_with_its_reason(source: So
     with pytest.raises(JobFailure, match="no repeated blocks") as refused:
         source.compress(tmp_path / "job", [("drop_layers", {})])
     assert refused.value.cause == "INVALID_RECIPE"
+    with pytest.raises(JobFailure, match="The architecture bag is for text; for image there are cnn") as text:
+        source.compress(tmp_path / "student", [("distill", {"student": "bag"})])
+    assert text.value.cause == "INVALID_RECIPE"
     with pytest.raises(JobFailure, match="did you mean 'quantize'"):
         source.compress(tmp_path / "typo", [("quantise", {})])
 

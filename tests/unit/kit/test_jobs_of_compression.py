@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,9 @@ def test_a_parameter_nobody_knows_is_refused_with_the_nearest() -> None:
         ("quantize", {"group_size": 48}, "16, 32, 64"),
         ("distill", {"student_parameters": 3}, "a mapping"),
         ("low_rank", {"layers": "head"}, "a list of names"),
+        ("distill", {"student": "mpl"}, "did you mean 'mlp'"),
+        ("distill", {"student": "mlp", "student_parameters": {"hiden": [8]}}, "did you mean 'hidden'"),
+        ("prune", {"amount": math.nan}, "NaN"),
     ],
 )
 def test_values_that_cannot_be_are_refused(step: str, parameters: dict[str, Any], words: str) -> None:

@@ -68,7 +68,8 @@ def tools(tmp_path: Path) -> Tools:
         loss=loss_for("classification"),
         teacher=lambda name: ModuleTeacher(name or "the source", build()),
         form=None,
-        student=lambda name, parameters: Chain([nn.Linear(8, int(parameters["outputs"]))]),
+        # "resnet" stands for one that answers otherwise.
+        student=lambda name, parameters: Chain([nn.Linear(8, 7 if name == "resnet" else CLASSES)]),
         seed=0,
         scratch=tmp_path,
         watch=watch,
@@ -234,9 +235,7 @@ def test_a_student_with_fewer_layers_learns_its_teachers_answers(tools: Tools, h
 
 def test_a_student_of_another_architecture_takes_the_place_of_the_model(tools: Tools) -> None:
     subject = Subject(module=build())
-    facts = run(
-        subject, tools, "distill", student="linear", student_parameters={"outputs": CLASSES}, epochs=1
-    )
+    facts = run(subject, tools, "distill", student="linear", epochs=1)
     assert facts["parameters"] < 0.05
     assert subject.changes[0]["architecture"] == "linear"
 
@@ -244,7 +243,7 @@ def test_a_student_of_another_architecture_takes_the_place_of_the_model(tools: T
 def test_a_teacher_and_a_student_that_answer_differently_are_refused(tools: Tools) -> None:
     subject = Subject(module=build())
     with pytest.raises(JobFailure, match=r"\[4\] numbers, the student with \[7\]") as refused:
-        run(subject, tools, "distill", student="linear", student_parameters={"outputs": 7})
+        run(subject, tools, "distill", student="resnet")
     assert refused.value.cause == "INVALID_RECIPE"
 
 

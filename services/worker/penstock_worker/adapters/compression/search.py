@@ -76,7 +76,6 @@ class Candidate:
         outcome: What was measured.
         passed: Whether it passed the gate.
         thorough: Whether it was measured thoroughly.
-        failure: Why it could not be measured; then the outcome says nothing.
     """
 
     body: str
@@ -86,7 +85,6 @@ class Candidate:
     outcome: Outcome
     passed: bool
     thorough: bool = False
-    failure: str = ""
 
     @property
     def key(self) -> str:

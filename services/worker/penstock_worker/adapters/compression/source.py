@@ -18,7 +18,7 @@ from torch import nn
 from penstock.registry.v1 import manifest_pb2
 from penstock.scheduler.v1 import job_work_pb2
 from penstock_kit.errors import InvalidArgument
-from penstock_kit.jobs.fields import choose, read_fields
+from penstock_kit.jobs.train import architecture_of
 from penstock_kit.jobs.training import ARCHITECTURES
 from penstock_worker.adapters.compression.export import Form, write_bundle
 from penstock_worker.adapters.compression.fitting import Watch, loss_for
@@ -131,7 +131,6 @@ class Source:
         """
         blueprint = self._blueprint()
         try:
-            choose("architecture", architecture, ARCHITECTURES, "job.compress.steps")
             model = build_model(_student(blueprint, architecture, parameters))
         except (InvalidArgument, ValueError) as error:
             raise JobFailure(f"The student cannot be built: {error}", "INVALID_RECIPE") from error
@@ -180,18 +179,16 @@ def is_recipe(directory: Path) -> bool:
 
 
 def _student(blueprint: Blueprint, architecture: str, parameters: Mapping[str, Any]) -> Blueprint:
-    known = ARCHITECTURES[architecture].parameters
+    known = ARCHITECTURES[architecture].parameters if architecture in ARCHITECTURES else {}
     same = {
         name: value
         for name, value in blueprint.parameters.items()
         if name in known and name in {"tokenizer", "vocabulary", "length"}
     }
-    given = {**same, **parameters}
-    return dataclasses.replace(
-        blueprint,
-        architecture=architecture,
-        parameters=read_fields(f"the architecture {architecture}", known, given, "job.compress.steps"),
+    student = architecture_of(
+        blueprint.task, architecture, {**same, **parameters}, field="job.compress.steps"
     )
+    return dataclasses.replace(blueprint, architecture=student.name, parameters=student.parameters)
 
 
 def open_source(context: JobContext, work: job_work_pb2.CompressWork, stack: ExitStack) -> Source:

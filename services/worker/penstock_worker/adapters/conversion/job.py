@@ -179,10 +179,13 @@ def write_result(
 
 
 def _require_possible(context: JobContext, name: str, kind: str, wanted: str) -> None:
+    possible = sorted(target for target, sources in SOURCES.items() if kind in sources)
     if kind == wanted:
-        raise JobFailure(f"{name} is {kind} already.", "UNSUPPORTED")
+        raise JobFailure(
+            f"{name} is {kind} already; it can be converted to {', '.join(possible) or 'nothing'}.",
+            "UNSUPPORTED",
+        )
     if kind not in SOURCES[wanted]:
-        possible = sorted(target for target, sources in SOURCES.items() if kind in sources)
         raise JobFailure(
             f"{name} is {kind}, which cannot be converted to {wanted}; it can to "
             f"{', '.join(possible) or 'nothing'}.",

@@ -116,7 +116,7 @@ def _fitted(spec: TensorSpec, array: Array, column: str) -> Array:
         return array.reshape(len(array), *row)
     raise JobFailure(
         f"Rows of the column {column} have the shape {list(array.shape[1:])}; "
-        f"the model's input {spec.name} takes {list(row)}.",
+        f"the model's input {spec.name} takes {list(row)}. Take a dataset with rows of that shape.",
         "INVALID_DATA",
     )
 
