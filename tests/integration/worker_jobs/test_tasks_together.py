@@ -52,23 +52,23 @@ def other_node(elsewhere: World, tmp_path: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("uploads", ["slow", "never"])
+@pytest.mark.parametrize(("uploads", "ranks"), [("slow", 2), ("never", 1)])
 async def test_two_tasks_go_on_from_a_checkpoint_of_both_when_a_rank_of_one_is_killed(
-    world: World, run_agent, registry: Registry, tmp_path: Path, uploads: str
+    world: World, run_agent, registry: Registry, tmp_path: Path, uploads: str, ranks: int
 ) -> None:
     trace = tmp_path / "trace"
     async with run_agent(torch=True):
-        names = await both(world, job("together", to=60, every=INTERVAL, trace=trace))
+        names = await both(world, job("together", ranks=ranks, to=60, every=INTERVAL, trace=trace))
         # A checkpoint comes each 50 ms, and its upload takes longer: the kill always meets one.
         await until(lambda: any(step >= 3 for step, *_ in together(trace)))
         if uploads == "never":
             await registry.app.server.stop(0)
         await until(lambda: any(step >= 12 for step, *_ in together(trace)))
-        kill(next(pid for _, rank, pid, _ in reversed(together(trace)) if rank == 1))
+        kill(next(pid for _, rank, pid, _ in reversed(together(trace)) if rank == ranks))
         seen = await world.task_state(names[0], "SUCCEEDED")
         await world.task_state(names[1], "SUCCEEDED")
-        assert dict(seen.report) == {"counted": 60, "world_size": 2}
-    for rank in (0, 1):
+        assert dict(seen.report) == {"counted": 60, "world_size": 2 * ranks}
+    for rank in range(2 * ranks):
         steps = [step for step, number, _, _ in together(trace) if number == rank]
         assert sorted(set(steps)) == list(range(1, 61))
         assert len(steps) - len(set(steps)) <= INTERVAL + 1
