@@ -1,6 +1,10 @@
 """A program of a user's runs as a job, and does nobody harm when it is careless."""
 
+import contextlib
+import os
 from pathlib import Path
+
+import pytest
 
 from support.agent_world import World, alive, until
 from support.artifact_caller import ArtifactCaller
@@ -177,3 +181,101 @@ async def test_a_program_over_its_memory_is_ended_with_the_numbers(
         seen = await world.task_state(world.want_task(wanted, memory_bytes=200_000_000).name, "FAILED")
         assert (seen.failure_reason, seen.permanent) == ("OUT_OF_MEMORY", True)
         assert "was given 200 MB" in seen.message
+
+
+async def test_a_program_sees_no_secret_of_the_worker_in_any_environment(
+    world: World, run_agent, artifacts: ArtifactCaller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PENSTOCK_REDIS_URL", "redis://:hunter2@nowhere")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    wanted = await program(
+        artifacts,
+        f"""
+        import os, resource, subprocess
+        from penstock import training
+
+        places = [dict(os.environ), subprocess.run(["env"], capture_output=True, text=True).stdout]
+        pid = os.getpid()
+        while pid != {os.getpid()}:
+            places.append(open(f"/proc/{{pid}}/environ", "rb").read())
+            pid = int(open(f"/proc/{{pid}}/stat").read().rpartition(")")[2].split()[1])
+        if len(places) < 5 or "hunter2" in str(places):
+            training.fail(f"found in {{[n for n, place in enumerate(places) if 'hunter2' in str(place)]}}")
+        assert os.environ["HOME"] == os.getcwd() and str(training.dataset().path) not in os.getcwd()
+        assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] <= 4096
+        assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == 64 << 30
+        status = open("/proc/self/status").read()
+        assert "NoNewPrivs:\t1" in status and "Umask:\t0077" in status
+        """,
+    )
+    async with run_agent(train=SCRIPT, allow_user_code=True):
+        seen = await world.task_state(world.want_task(wanted).name, "FAILED")
+        assert seen.failure_reason == "NO_MODEL", seen.message
+
+
+@pytest.mark.chaos
+async def test_children_that_detach_themselves_faster_than_they_are_counted_are_all_ended(
+    world: World, run_agent, artifacts: ArtifactCaller, tmp_path: Path
+) -> None:
+    wanted = await program(
+        artifacts,
+        f"""
+        import os, time
+        for _ in range(300):
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork():
+                    os._exit(0)
+                open({str(tmp_path / "pids")!r}, "a").write(f"{{os.getpid()}}\\n")
+                if os.fork() == 0:
+                    open({str(tmp_path / "pids")!r}, "a").write(f"{{os.getpid()}}\\n")
+                time.sleep(300)
+        time.sleep(300)
+        """,
+    )
+    wanted.train.script.max_processes = 100
+    async with run_agent(train=SCRIPT, allow_user_code=True):
+        seen = await world.task_state(world.want_task(wanted).name, "FAILED")
+        assert (seen.failure_reason, seen.permanent) == ("USER_CODE", True)
+        assert "100 are allowed" in seen.message
+        pids = [int(line) for line in (tmp_path / "pids").read_text().splitlines()]
+        assert len(pids) > 50
+        assert not [pid for pid in pids if alive(pid)]
+        # The node goes on.
+        good = await program(artifacts, "pass", name="good")
+        assert (await world.task_state(world.want_task(good).name, "FAILED")).failure_reason == "NO_MODEL"
+
+
+@pytest.mark.chaos
+async def test_gigabytes_that_a_program_prints_cost_neither_disk_nor_memory(
+    world: World, run_agent, artifacts: ArtifactCaller, tmp_path: Path
+) -> None:
+    wanted = await program(
+        artifacts,
+        """
+        import os
+        block = (b"y" * 99 + b"\\n") * 10_000
+        for _ in range(2_000):
+            os.write(1, block)
+        endless = b"x" * 1_000_000
+        for _ in range(200):
+            os.write(2, endless)
+        """,
+    )
+    async with run_agent(train=SCRIPT, allow_user_code=True):
+        task = world.want_task(wanted)
+        launcher = int(await until(lambda: (seen := world.observed_task(task.name)) and seen.pid))
+        most = 0
+
+        def ended() -> bool:
+            nonlocal most
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{launcher}/status").read_text()
+                most = max(most, int(status.partition("RssAnon:")[2].split()[0]))
+            seen = world.observed_task(task.name)
+            return seen is not None and seen.failure_reason == "NO_MODEL"
+
+        await until(ended, seconds=60)
+    assert most < 100_000, "kB"
+    assert sum(path.stat().st_size for path in (tmp_path / "data/jobs/j/0/logs").iterdir()) < 20_000_000

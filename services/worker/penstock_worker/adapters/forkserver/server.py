@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from penstock_worker.adapters.forkserver import wire
+from penstock_worker.adapters.secrecy import hide_environment
 from penstock_worker.domain.replica import ReplicaConfig
 
 PR_SET_PDEATHSIG = 1
@@ -343,6 +344,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     began = time.monotonic()
+    # Before anything has a thread: replicas and programs of users are copies of this process.
+    hide_environment()
     _libc.prctl(PR_SET_NAME, b"penstock-fork", 0, 0, 0)
     connection = socket.socket(fileno=options.fd)
     for fd in (options.fd, *options.hold_fd):

@@ -18,6 +18,7 @@ from penstock_worker.adapters.node_probe import memory_of
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
 IOPRIO_SET = {"x86_64": 251, "aarch64": 30}.get(os.uname().machine, -1)
 IOPRIO_WHO_PROCESS = 1
 IOPRIO_LOWEST = (2 << 13) | 7
@@ -70,9 +71,13 @@ def offer_to_killer() -> None:
 def confine_user_code() -> None:
     """Set the limits of a program of the user's: no core dumps, no endless file, so many open files.
 
+    Nothing that it starts gets rights that it has not (sudo and the like), and nobody else reads its files.
+
     The number of processes is watched, not limited: RLIMIT_NPROC counts all processes of the user account,
     the agent's own included.
     """
+    _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    os.umask(0o077)
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
