@@ -176,12 +176,10 @@ class Loop:
             at.step += 1
             at.batch += 1
             self._counted += len(batch)
-            last = at.batch == len(batches)
+            stop, last = context.should_stop(), at.batch == len(batches)
             if not strategy.must_agree(now=last):
                 continue
-            decision = strategy.agree(
-                stop=context.should_stop(), checkpoint=context.checkpoint_due(), now=last
-            )
+            decision = strategy.agree(stop=stop, checkpoint=context.checkpoint_due(), now=last)
             if decision.loss is not None or decision.stop or decision.checkpoint:
                 self._voted(decision)
 
