@@ -15,7 +15,7 @@ from google.protobuf import struct_pb2
 from penstock.errors import InvalidArgument
 from penstock.names import resource
 from penstock.scheduler.v1 import deployment_pb2, job_pb2
-from penstock_cli.options import byte_count, seconds, taints, words
+from penstock_cli.options import byte_count, duration, taints, words
 from penstock_cli.session import ENDPOINT, Endpoint, Json
 
 
@@ -77,7 +77,7 @@ class JobOptions:
             job.resources.memory_bytes = byte_count("--memory", self.memory) if self.memory else 0
             job.resources.gpus = self.gpus
         if self.time_limit:
-            job.timeout.FromNanoseconds(round(seconds("--time-limit", self.time_limit) * 1e9))
+            job.timeout.CopyFrom(duration("--time-limit", self.time_limit))
         return job
 
 

@@ -46,8 +46,8 @@ class Account:
             self.lines.append(event.log.text)
 
 
-def jobs_table(jobs: Sequence[job_pb2.Job]) -> None:
-    """Print jobs, one a line."""
+def jobs_table(jobs: Sequence[job_pb2.Job], *, empty: str) -> None:
+    """Print jobs, one a line, or a sentence where there is none."""
     print_table(
         ("JOB", "KIND", "STATE", "PROGRESS#", "RESULT", "METRICS", "PROJECT", "MADE", "WHY"),
         (
@@ -64,7 +64,7 @@ def jobs_table(jobs: Sequence[job_pb2.Job]) -> None:
             )
             for job in jobs
         ),
-        empty="There are no jobs. Begin one with `penstock train DATASET --model NAME`.",
+        empty=empty,
     )
 
 

@@ -6,11 +6,19 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from google.protobuf import duration_pb2
+
 from penstock.errors import InvalidArgument
 
 # Powers of ten and of two, as people write them.
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PREFIXES = "kmgt"
+_UNITS: dict[str, int] = {
+    "": 1,
+    **{prefix: 1000**power for power, prefix in enumerate(_PREFIXES, 1)},
+    **{f"{prefix}i": 1024**power for power, prefix in enumerate(_PREFIXES, 1)},
+}
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LONGEST_SECONDS = 10 * 365 * 86400.0
 
 
 def byte_count(option: str, text: str) -> int:
@@ -19,22 +27,36 @@ def byte_count(option: str, text: str) -> int:
     Raises:
         InvalidArgument: It is not of that form.
     """
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) *([kmg]i?)?b?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) *([kmgt]i?)?b?", text.strip().lower())
     if match is None:
         raise InvalidArgument(f"{option} {text}: write a size such as 64MiB, 500MB or 65536.")
     return round(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def seconds(option: str, text: str) -> float:
-    """Return the seconds that `50ms`, `60s`, `5m`, `1.5h` or `60` means.
+    """Return the seconds that `50ms`, `60s`, `5m`, `1.5h`, `2d` or `60` means.
 
     Raises:
         InvalidArgument: It is not of that form.
     """
-    match = re.fullmatch(r"(-?\d{1,12}(?:\.\d{1,9})?) *(ms|s|m|h)?", text.strip().lower())
+    match = re.fullmatch(r"(-?\d{1,12}(?:\.\d{1,9})?) *(ms|s|m|h|d)?", text.strip().lower())
     if match is None:
         raise InvalidArgument(f"{option} {text}: write a time such as 50ms, 60s or 5m.")
     return float(match[1]) * _SECONDS[match[2] or "s"]
+
+
+def duration(option: str, text: str) -> duration_pb2.Duration:
+    """Return a time as the contract has it.
+
+    Raises:
+        InvalidArgument: It is not of the form of `seconds`, not above 0, or longer than ten years.
+    """
+    length = seconds(option, text)
+    if not 0 < length <= _LONGEST_SECONDS:
+        raise InvalidArgument(f"{option} {text}: it must be longer than 0 s, and ten years at most.")
+    found = duration_pb2.Duration()
+    found.FromNanoseconds(round(length * 1e9))
+    return found
 
 
 def taints(option: str, texts: Iterable[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import typer
 from google.protobuf import json_format
 
 from penstock.datasets import EXAMPLES, FORMATS, ReadOptions
-from penstock.errors import Code, PenstockError
+from penstock.errors import Code, NotFound, PenstockError
 from penstock.names import short_artifact
 from penstock.registry.v1 import artifact_pb2
 from penstock.traffic import counted
@@ -81,9 +81,8 @@ def push(
     Every row is looked at; what a training would fail at is said now.
     """
     if path not in EXAMPLES and not Path(path).exists() and ":" in path:
-        hint = nearest(path, list(EXAMPLES))
-        if hint:
-            note(hint)
+        hint = nearest(path, list(EXAMPLES)) or f"Built in are {', '.join(EXAMPLES)}."
+        raise NotFound(f"There is no file, directory or built-in dataset {path}. {hint}")
     options = ReadOptions(task=task, label=label_column, features=tuple(feature or ()), target=target)
     key = request_id or new_request_id()
     began = False

@@ -49,7 +49,9 @@ def list_jobs(
     if json:
         print_json(found)
     else:
-        jobs_table(found)
+        chosen = project or states
+        none = "There are no jobs. Begin one with `penstock train DATASET --model NAME`."
+        jobs_table(found, empty="There are no such jobs." if chosen else none)
 
 
 @jobs.command("show")

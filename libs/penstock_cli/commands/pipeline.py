@@ -13,7 +13,7 @@ from penstock.scheduler.v1 import job_pb2, job_work_pb2
 from penstock_cli.commands.work import compression_gate, compression_step
 from penstock_cli.demo.story import Story
 from penstock_cli.job_options import structured
-from penstock_cli.options import byte_count, seconds
+from penstock_cli.options import byte_count, duration
 from penstock_cli.output import console, print_json
 from penstock_cli.pipeline import Pipeline, Wishes
 from penstock_cli.session import ENDPOINT, Endpoint, Json, connect
@@ -90,7 +90,7 @@ def pipeline(
     if memory:
         wishes.train.resources.memory_bytes = byte_count("--memory", memory)
     if not step:
-        wishes.compress.search.budget.FromNanoseconds(round(seconds("--budget", budget) * 1e9))
+        wishes.compress.search.budget.CopyFrom(duration("--budget", budget))
     with connect(endpoint) as client:
         story = Story(console(stderr=json))
         live = sys.stdout.isatty() and not json

@@ -14,7 +14,7 @@ from penstock.scheduler.v1 import job_pb2, job_work_pb2
 from penstock_cli.following import submit
 from penstock_cli.job_options import JobOptions, structured, with_job_options
 from penstock_cli.job_views import draw_report, show_job
-from penstock_cli.options import numbers, seconds
+from penstock_cli.options import duration, numbers
 from penstock_cli.plots import PICTURES
 from penstock_cli.session import connect
 
@@ -110,7 +110,7 @@ def train(
     """Train a model and push it as a version."""
     work = job_work_pb2.TrainWork(dataset=dataset, model=resource("models", model), seed=seed)
     if checkpoint_every:
-        work.checkpoint_interval.FromNanoseconds(round(seconds("--checkpoint-every", checkpoint_every) * 1e9))
+        work.checkpoint_interval.CopyFrom(duration("--checkpoint-every", checkpoint_every))
     recipe = job_work_pb2.Recipe(
         task=task,
         architecture=architecture,
@@ -246,7 +246,7 @@ def compress(
     if search:
         work.search.max_trials = max_trials
         if budget:
-            work.search.budget.FromNanoseconds(round(seconds("--budget", budget) * 1e9))
+            work.search.budget.CopyFrom(duration("--budget", budget))
     job = options.job()
     job.compress.CopyFrom(work)
     if plot is not None and (options.detach or plot.suffix not in PICTURES):
@@ -264,13 +264,13 @@ def profile(
     batch_size: Annotated[
         list[int] | None, typer.Option(min=1, help="Rows in a call; repeat it. Without any, powers of two.")
     ] = None,
-    duration: Annotated[str, typer.Option(metavar="2s", help="How long each is measured.")] = "",
+    each: Annotated[str, typer.Option("--duration", metavar="2s", help="How long each is measured.")] = "",
     dataset: Annotated[str, typer.Option(help="Send its rows; without it, drawn ones.")] = "",
 ) -> None:
     """Measure a version's latency, throughput, memory and time to load; the result is kept with it."""
     work = job_work_pb2.ProfileWork(version=version, batch_sizes=batch_size or (), dataset=dataset)
-    if duration:
-        work.duration.FromNanoseconds(round(seconds("--duration", duration) * 1e9))
+    if each:
+        work.duration.CopyFrom(duration("--duration", each))
     job = options.job()
     job.profile.CopyFrom(work)
     submit(job, options)

@@ -214,6 +214,8 @@ def test_other_kinds_carry_what_they_are_given(mesh: JobMesh, capsys: pytest.Cap
         ("train digits --model digits --set hidden=[1", "not valid JSON"),
         ("train digits --model digits --set hidden", "KEY=VALUE"),
         ("train digits --model digits --time-limit soon", "--time-limit"),
+        ("train digits --model digits --time-limit 0s", "longer than 0 s"),
+        ("profile digits --duration 999999999999h", "ten years at most"),
         ("train digits --model digits --parameter a=1", "--script"),
         ("batch-predict digits digits --to a --column x", "INPUT=COLUMN"),
         ("jobs list --state RUNING", "Did you mean RUNNING?"),
