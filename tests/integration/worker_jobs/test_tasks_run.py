@@ -73,7 +73,8 @@ async def test_work_that_is_to_stop_writes_a_checkpoint_and_the_next_attempt_goe
 async def test_work_that_does_not_stop_is_killed_when_its_time_is_over(world: World, run_agent) -> None:
     async with run_agent(worker_job_grace_seconds=0.5):
         task = world.want_task(job("fail", how="deaf"))
-        await world.task_state(task.name, "RUNNING")
+        seen = await world.task_state(task.name, "RUNNING")
+        await until(lambda: children_of(seen.pid))  # a launcher without ranks yet has nothing to wait for
         world.change_task(task.name, stopping=True)
         seen = await world.task_state(task.name, "STOPPED")
         assert "did not stop within 0.5 s" in seen.message

@@ -45,9 +45,11 @@ _LAST_WORD = text(
     GROUP BY holder.pid
     """
 )
+# Waited for, so that at the next look the lock is free.
+_END_MILLIS = 1000
 _END_ALL_OF = text(
     """
-    SELECT count(pg_terminate_backend(any_of_it.pid))
+    SELECT count(*) FILTER (WHERE pg_terminate_backend(any_of_it.pid, :patience))
     FROM pg_stat_activity holder
     JOIN pg_stat_activity any_of_it
       ON any_of_it.application_name = holder.application_name AND any_of_it.usesysid = holder.usesysid
@@ -179,7 +181,7 @@ class SqlLeadership:
         self._last_word = word
         if word is not None and self._silent_looks >= PATIENCE_LOOKS:
             self._silent_looks = 0
-            ended = await connection.scalar(_END_ALL_OF, {"pid": word[0]})
+            ended = await connection.scalar(_END_ALL_OF, {"pid": word[0], "patience": _END_MILLIS})
             log.warning(
                 "the scheduler that leads says nothing any more: its %d database connections were ended",
                 ended,
