@@ -171,7 +171,7 @@ def _bound() -> Session:
     if _session is None:
         raise FailedPrecondition(
             "This program does not run as a job of Penstock. Start it with "
-            "`penstock train --script DIRECTORY --dataset NAME --model NAME`."
+            "`penstock train DATASET --script DIRECTORY --model NAME`."
         )
     return _session
 

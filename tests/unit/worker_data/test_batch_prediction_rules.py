@@ -10,13 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from penstock.datasets import Contents
 from penstock.scheduler.v1 import job_pb2
 from penstock_kit.errors import Internal, InvalidArgument
 from penstock_kit.jobs import check
 from penstock_kit.routing.model import Tensor
 from penstock_worker.adapters.batch_predict.answers import ChunkAnswers
+from penstock_worker.adapters.batch_predict.inputs import find_sources
+from penstock_worker.adapters.batch_predict.job import encoder_of
 from penstock_worker.adapters.jobs.host import HostPolicy, TaskHost
+from penstock_worker.adapters.training.architectures import Blueprint
+from penstock_worker.adapters.training.texts import make_tokenizer
 from penstock_worker.domain.task import DesiredTask
+from penstock_worker.usecases.job_context import JobContext, JobFailure
 
 WORK = {"deployment": "deployments/d", "dataset": "artifacts/a/versions/1", "artifact": "artifacts/b"}
 
@@ -136,3 +142,23 @@ async def test_only_predictions_are_told_where_the_queues_are(tmp_path: Path, ki
     await host.launch(desired, tmp_path, "token", lambda: None)
     assert ("secret" in json.dumps(forks.told)) == told
     assert ("scheduler:7102" in json.dumps(forks.told)) == told
+
+
+def texts(*rows: str) -> Contents:
+    return Contents("text", len(rows), texts=rows, columns=({"name": "text"},))
+
+
+def test_texts_become_ids_of_tokens_for_a_model_whose_bundle_says_how(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("bytes", 0, [])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    Blueprint("text", "bag", {"length": 3}, 2, (("tokens", (-1,)),), ("a", "b")).save(tmp_path)
+    context = cast("JobContext", SimpleNamespace(version=lambda name: SimpleNamespace(path=tmp_path / name)))
+    model = Tensor("tokens", "INT64", (-1, -1))
+    (source,) = find_sources([model], texts("ab", "abcd"), {}, lambda: encoder_of(context, "."))
+    taken = source.take(0, 2).array("tokens")
+    assert taken.shape == (2, 3), "the longest row, at most `length` tokens"
+    assert tokenizer.decode(taken[1].tolist()) == "abc"
+    assert taken[0, 2] == 0
+    (tmp_path / "other").mkdir()
+    with pytest.raises(JobFailure, match="takes INT64, and the column is text"):
+        find_sources([model], texts("ab"), {}, lambda: encoder_of(context, "other"))

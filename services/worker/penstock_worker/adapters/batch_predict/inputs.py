@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from penstock_kit.oip.relay import RawTensor
 from penstock_kit.routing.model import Tensor
 from penstock_worker.usecases.job_context import JobFailure
 
+Encode = Callable[[Sequence[str]], NDArray[np.int64]]
+"""Texts → ids of their tokens, int64 [rows, the longest of them], filled up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -24,16 +27,21 @@ class Source:
     Attributes:
         tensor: The input.
         rows: Array [rows, …], or texts.
-        shape: Of one row, as the model takes it.
+        shape: Of one row, as the model takes it; of no meaning for texts that are encoded.
+        encode: Makes numbers of texts for a model that takes those.
     """
 
     tensor: Tensor
     rows: NDArray[Any] | Sequence[str]
     shape: tuple[int, ...]
+    encode: Encode | None = None
 
     def take(self, begin: int, end: int) -> RawTensor:
         """Return rows begin … end−1 as they travel."""
         dtype = NUMPY[self.tensor.datatype]
+        if self.encode is not None:
+            tokens = self.encode(list(self.rows[begin:end]))
+            return RawTensor(self.tensor.datatype, tokens.shape, to_raw(tokens))
         if isinstance(self.rows, np.ndarray):
             block = np.ascontiguousarray(self.rows[begin:end]).astype(dtype, copy=False)
         else:
@@ -43,17 +51,22 @@ class Source:
 
 
 def find_sources(
-    tensors: Sequence[Tensor], contents: Contents, mapping: Mapping[str, str]
+    tensors: Sequence[Tensor],
+    contents: Contents,
+    mapping: Mapping[str, str],
+    encoder: Callable[[], Encode | None] = lambda: None,
 ) -> tuple[Source, ...]:
     """Return where each input comes from: the column it is mapped to, else the one of its name.
 
     A model with one input takes the data's only one, whatever its name. A row of another shape with as many
-    elements is reshaped: [1, 8, 8] for a model that takes [8, 8] or [64].
+    elements is reshaped: [1, 8, 8] for a model that takes [8, 8] or [64]. Texts for a model that takes ids of
+    tokens (INT64 [-1, -1]) are encoded as its bundle says.
 
     Args:
         tensors: The model's inputs, the batch axis first.
         contents: The data.
         mapping: Names of inputs → names of columns.
+        encoder: Gives what encodes texts for the model; None if its bundle does not say how.
 
     Raises:
         JobFailure: INVALID_DATA: an input is in no column, or of another shape. UNSUPPORTED: the model takes
@@ -80,7 +93,10 @@ def find_sources(
                 f"{', '.join(list(columns)[:20])}. Say which with inputs: {tensor.name}=COLUMN.",
                 "INVALID_DATA",
             )
-        found.append(Source(tensor, rows, _row_shape(tensor, rows)))
+        takes_ids = (tensor.datatype, tuple(tensor.shape)) == ("INT64", (-1, -1))
+        encode = encoder() if takes_ids and not isinstance(rows, np.ndarray) else None
+        shape = () if encode is not None else _row_shape(tensor, rows)
+        found.append(Source(tensor, rows, shape, encode))
     return tuple(found)
 
 

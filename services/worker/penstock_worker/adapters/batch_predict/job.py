@@ -39,7 +39,7 @@ from penstock_kit.names import parse_deployment
 from penstock_kit.routing.table import Target
 from penstock_worker.adapters.batch_predict.answers import ChunkAnswers
 from penstock_worker.adapters.batch_predict.caller import DeploymentCaller
-from penstock_worker.adapters.batch_predict.inputs import Source, find_sources
+from penstock_worker.adapters.batch_predict.inputs import Encode, Source, find_sources
 from penstock_worker.adapters.data import Shared, contents_of
 from penstock_worker.usecases.job_context import FetchedDataset, JobContext, JobFailure, Stopped
 
@@ -242,7 +242,13 @@ class _Prediction:
         begin, end = self._book.span(chunk)
         target = await self._target()
         description = target.description
-        sources = find_sources(description.inputs, self._contents, self._mapping)
+        sources = await asyncio.to_thread(
+            find_sources,
+            description.inputs,
+            self._contents,
+            self._mapping,
+            lambda: encoder_of(self._context, _version(target)),
+        )
         answers = ChunkAnswers(begin, end, description.outputs, _version(target))
         asking = _Asking(target, sources, answers)
         size = await self._size(asking)
@@ -394,6 +400,19 @@ class _Prediction:
             raise Unavailable(
                 f"Nothing was answered for {silent:.0f} s; the last words were: {error}"
             ) from error
+
+
+def encoder_of(context: JobContext, version: str) -> Encode | None:
+    """Return what makes ids of texts for a version of a recipe, by the tokenizer of its bundle; else None."""
+    bundle = context.version(version).path
+    if not ((bundle / "tokenizer.json").exists() and (bundle / "architecture.json").exists()):
+        return None
+    # Imported here: torch is loaded for models of texts only.
+    from penstock_worker.adapters.training.architectures import Blueprint
+    from penstock_worker.adapters.training.texts import encode_padded, load_tokenizer
+
+    tokenizer, length = load_tokenizer(bundle), int(Blueprint.load(bundle).parameters["length"])
+    return lambda texts: encode_padded(tokenizer, texts, length).numpy()
 
 
 @dataclass(slots=True)
