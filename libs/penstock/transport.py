@@ -134,6 +134,12 @@ class Attempts:
         self.count += 1
         return pause
 
+    def answered(self) -> None:
+        """Forget earlier failures: a stream that was broken goes on, and the next break is another one."""
+        self._last = None
+        self._failing_since = None
+        self._pause = _FIRST_PAUSE_SECONDS
+
     def _too_late(self) -> PenstockError:
         return self._last or DeadlineExceeded(
             f"No answer within {self.timeout:g} s; allow more time, or add replicas."

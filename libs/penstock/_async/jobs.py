@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -17,6 +18,10 @@ from penstock.transport import Attempts, new_request_id, translate
 
 JobCallback = Callable[[job_pb2.Job], None]
 EventCallback = Callable[[job_pb2.JobEvent], None]
+
+OUTAGE_SECONDS = 600.0
+"""Who watches waits so long for a mesh that does not answer: longer than any restart, not for ever."""
+_HELD_SECONDS = 60.0
 
 
 class AsyncJobs(AsyncCore):
@@ -91,14 +96,16 @@ class AsyncJobs(AsyncCore):
         Raises:
             DeadlineExceeded: It has not ended yet; the words say where it stands.
             NotFound: There is no such job.
+            Unavailable: Nothing has answered for ten minutes; what restarts is waited for.
         """
-        attempts = Attempts(timeout, timeout)
+        attempts = Attempts(timeout, OUTAGE_SECONDS)
         last: job_pb2.Job | None = None
         while True:
             pause = 0.1
             try:
                 request = service.WatchJobRequest(name=resource("jobs", name))
                 async for seen in self._jobs.WatchJob(request, timeout=attempts.left()):
+                    attempts.answered()
                     last = seen
                     if on_change is not None:
                         on_change(seen)
@@ -127,6 +134,7 @@ class AsyncJobs(AsyncCore):
             FailedPrecondition: It failed or was cancelled; the words say why.
             DeadlineExceeded: It has not ended yet; the words say where it stands.
             NotFound: There is no such job.
+            Unavailable: Nothing has answered for ten minutes; what restarts is waited for.
         """
         job = await self.watch_job(name, timeout=timeout, on_change=on_change)
         if job.state != job_pb2.JOB_STATE_SUCCEEDED:
@@ -193,15 +201,20 @@ class AsyncJobs(AsyncCore):
         Raises:
             DeadlineExceeded: The job has not ended yet.
             NotFound: There is no such job.
+            Unavailable: Nothing has answered for ten minutes; what restarts is waited for.
         """
-        attempts = Attempts(timeout, timeout)
+        attempts = Attempts(timeout, OUTAGE_SECONDS)
         while True:
             request = service.WatchJobEventsRequest(name=resource("jobs", name), kinds=kinds, after=after)
+            began = time.monotonic()
             try:
                 async for event in self._jobs.WatchJobEvents(request, timeout=attempts.left()):
+                    attempts.answered()
                     after = event.sequence
                     on_event(event)
             except grpc.RpcError as error:
+                if time.monotonic() - began > _HELD_SECONDS:
+                    attempts.answered()  # nothing happened in the job, but somebody was there
                 pause = attempts.pause_after(translate(error, self.endpoint))
             else:
                 return after

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -18,6 +19,10 @@ from penstock.transport import Attempts, new_request_id, translate
 
 JobCallback = Callable[[job_pb2.Job], None]
 EventCallback = Callable[[job_pb2.JobEvent], None]
+
+OUTAGE_SECONDS = 600.0
+"""Who watches waits so long for a mesh that does not answer: longer than any restart, not for ever."""
+_HELD_SECONDS = 60.0
 
 
 class Jobs(Core):
@@ -92,14 +97,16 @@ class Jobs(Core):
         Raises:
             DeadlineExceeded: It has not ended yet; the words say where it stands.
             NotFound: There is no such job.
+            Unavailable: Nothing has answered for ten minutes; what restarts is waited for.
         """
-        attempts = Attempts(timeout, timeout)
+        attempts = Attempts(timeout, OUTAGE_SECONDS)
         last: job_pb2.Job | None = None
         while True:
             pause = 0.1
             try:
                 request = service.WatchJobRequest(name=resource("jobs", name))
                 for seen in self._jobs.WatchJob(request, timeout=attempts.left()):
+                    attempts.answered()
                     last = seen
                     if on_change is not None:
                         on_change(seen)
@@ -128,6 +135,7 @@ class Jobs(Core):
             FailedPrecondition: It failed or was cancelled; the words say why.
             DeadlineExceeded: It has not ended yet; the words say where it stands.
             NotFound: There is no such job.
+            Unavailable: Nothing has answered for ten minutes; what restarts is waited for.
         """
         job = self.watch_job(name, timeout=timeout, on_change=on_change)
         if job.state != job_pb2.JOB_STATE_SUCCEEDED:
@@ -194,15 +202,20 @@ class Jobs(Core):
         Raises:
             DeadlineExceeded: The job has not ended yet.
             NotFound: There is no such job.
+            Unavailable: Nothing has answered for ten minutes; what restarts is waited for.
         """
-        attempts = Attempts(timeout, timeout)
+        attempts = Attempts(timeout, OUTAGE_SECONDS)
         while True:
             request = service.WatchJobEventsRequest(name=resource("jobs", name), kinds=kinds, after=after)
+            began = time.monotonic()
             try:
                 for event in self._jobs.WatchJobEvents(request, timeout=attempts.left()):
+                    attempts.answered()
                     after = event.sequence
                     on_event(event)
             except grpc.RpcError as error:
+                if time.monotonic() - began > _HELD_SECONDS:
+                    attempts.answered()  # nothing happened in the job, but somebody was there
                 pause = attempts.pause_after(translate(error, self.endpoint))
             else:
                 return after

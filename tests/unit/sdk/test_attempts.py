@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from penstock.errors import Internal, ResourceExhausted, Unavailable
+from penstock.errors import DeadlineExceeded, Internal, ResourceExhausted, Unavailable
 from penstock.transport import Attempts
 
 
@@ -47,3 +47,13 @@ def test_pauses_grow_and_differ_from_caller_to_caller() -> None:
 def test_what_a_retry_does_not_help_is_told_at_once(error: Exception) -> None:
     with pytest.raises(type(error)):
         Attempts(timeout=30.0, retry_seconds=10.0).pause_after(error)  # type: ignore[arg-type]
+
+
+def test_a_stream_that_goes_on_after_a_break_forgets_it() -> None:
+    attempts = Attempts(timeout=30.0, retry_seconds=10.0, _start=ago(15.0), _failing_since=ago(9.99))
+    attempts.answered()
+    assert attempts.pause_after(Unavailable("Socket closed")) < 0.1
+    attempts.answered()
+    attempts.timeout = 1.0
+    with pytest.raises(DeadlineExceeded):
+        attempts.left()
