@@ -221,8 +221,14 @@ async def agent(
         metrics = MetricsServer(settings.metrics_listen, data_dir=data_dir)
         readings = Readings(NodeMetrics(reconciler, tasks, bundles, settings.worker_cache_bytes).read)
         async with running([forks, lock, bundles, readings, metrics, rpc, desk, events, life]):
-            background.spawn("send what jobs have left", events.send_leftovers(rooms.directory))
+            background.spawn("send what jobs have left", _send_leftovers(events, rooms, tasks))
             yield rpc
+
+
+async def _send_leftovers(events: EventSender, rooms: JobRooms, tasks: TaskReconciler) -> None:
+    """Send what an agent before this one has left of jobs, but of those that go on."""
+    await tasks.told()
+    await events.send_leftovers(rooms.directory, tasks.wants)
 
 
 async def serve(stopping: asyncio.Event) -> None:

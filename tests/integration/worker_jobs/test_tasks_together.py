@@ -122,3 +122,17 @@ async def test_nodes_go_on_from_their_own_disks_though_the_registry_has_nothing(
 def stopped(node: World, name: str) -> bool:
     seen = node.observed_task(name)
     return seen is None or seen.state == job_pb2.TASK_STATE_STOPPED
+
+
+async def test_an_agent_that_follows_does_not_start_the_first_of_several_tasks_again(
+    world: World, run_agent, tmp_path: Path
+) -> None:
+    wanted = job("together", to=20, every=INTERVAL, trace=tmp_path / "trace")
+    leader = world.want_task(wanted, index=0, tasks=2)
+    async with run_agent(torch=True):
+        await until(lambda: (seen := world.observed_task(leader.name)) and seen.rendezvous)
+    world.statuses.clear()
+    async with run_agent(torch=True):
+        # The store where the ranks meet went with the agent: another attempt must begin.
+        seen = await world.task_state(leader.name, "FAILED")
+    assert (seen.failure_reason, seen.permanent) == ("AGENT_RESTARTED", False)

@@ -44,10 +44,20 @@ class TaskReconciler:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._wanted: dict[str, DesiredTask] = {}
         self._stopping = False
+        self._told = asyncio.Event()
+
+    async def told(self) -> None:
+        """Wait until the scheduler has said, for the first time, what should run here."""
+        await self._told.wait()
+
+    def wants(self, name: str) -> bool:
+        """Tell whether a task runs here, or should."""
+        return name in self._wanted or name in self._keepers
 
     def apply(self, tasks: Iterable[DesiredTask]) -> None:
         """Take up a desired state: every task that should run; all others are ended."""
         self._wanted = {desired.name: desired for desired in tasks}
+        self._told.set()
         self.step()
 
     def step(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import hiredis
@@ -95,11 +96,16 @@ class EventSender:
         """There is something to send."""
         self._wake.set()
 
-    async def send_leftovers(self, folder: Path) -> None:
-        """Send, once, what tasks of an agent before this one have left; then remove it."""
+    async def send_leftovers(self, folder: Path, wanted: Callable[[str], bool]) -> None:
+        """Send, once, what tasks of an agent before this one have left; then remove it.
+
+        Args:
+            folder: Where the directories of jobs are.
+            wanted: Whether a task may go on here: then its spool does, too, and its numbers.
+        """
         for path in await in_thread(_spools_in, folder):
             task = f"jobs/{path.parents[2].name}/tasks/{path.name.removesuffix(SPOOL_SUFFIX)}"
-            if self._has(task):
+            if wanted(task):
                 continue
             try:
                 spool = EventSpool(path, task)
@@ -111,11 +117,8 @@ class EventSender:
                     pass
             finally:
                 spool.close()
-            if not self._has(task):  # it may be wanted again meanwhile
+            if not wanted(task):
                 path.unlink(missing_ok=True)
-
-    def _has(self, task: str) -> bool:
-        return any(spool.task == task for spool in self._spools)
 
     async def _run(self) -> None:
         backoff = Backoff(first_seconds=0.1, last_seconds=2.0)

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 ROLE = "ranks"
 JOIN_SECONDS = 120.0
 """How long tasks wait for one another: the slowest fetches nothing before, but may start late."""
-CONNECT_SECONDS = 60.0
+CONNECT_SECONDS = 20.0
 """How long a task tries to reach the store of task 0, which was there when it was told where."""
 AGREE_SECONDS = 15.0
 """How long tasks that have met wait for a word of one of them: it comes at once, or its task is gone."""

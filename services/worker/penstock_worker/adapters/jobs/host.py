@@ -74,7 +74,11 @@ class TaskRoom:
         clerk: TaskClerk,
         host: TaskHost,
         changed: Callable[[], None],
+        *,
+        resumed: bool,
     ) -> None:
+        self.resumed = resumed
+        """Whether an agent before this one has started it here."""
         self._desired = desired
         self._room = room
         self._clerk = clerk
@@ -97,11 +101,6 @@ class TaskRoom:
     def end(self) -> End | None:
         """What the launcher said the end of the task to be."""
         return self._clerk.end
-
-    @property
-    def resumed(self) -> bool:
-        """Whether an agent before this one has run it here."""
-        return self._clerk.spool.resumed
 
     @property
     def running(self) -> bool:
@@ -232,6 +231,7 @@ class TaskHost:
             Unavailable: The disk cannot be used.
         """
         room = await self.rooms.enter(desired.job, desired.index)
+        resumed = await in_thread(_launcher_log(room.directory, desired).exists)
         path = room.directory / "events" / f"{desired.number}{SPOOL_SUFFIX}"
         spool = await in_thread(EventSpool, path, desired.name, desired.stored_event)
         self.sender.add(spool)
@@ -245,7 +245,7 @@ class TaskHost:
             processor=self._policy.processor,
             changed=changed,
         )
-        return TaskRoom(desired, room, clerk, self, changed)
+        return TaskRoom(desired, room, clerk, self, changed, resumed=resumed)
 
     def check(self, desired: DesiredTask) -> None:
         """Raise FailedPrecondition unless this node runs such work."""
@@ -306,8 +306,13 @@ class TaskHost:
             f"{desired.name}.{secrets.token_hex(4)}",
             LAUNCHER_ENTRY,
             config.to_json(),
-            log=logs / f"{desired.number}.launcher.log",
+            log=_launcher_log(directory, desired),
             title=limits.mark_of(token),
             environment=environment,
             on_change=changed,
         )
+
+
+def _launcher_log(directory: Path, desired: DesiredTask) -> Path:
+    """Return what is there from the first start of a task on."""
+    return directory / "logs" / f"{desired.number}.launcher.log"

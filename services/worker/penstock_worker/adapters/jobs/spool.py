@@ -38,7 +38,6 @@ class EventSpool:
         self._left_out = 0
         self._last = stored
         self._read_at = 0
-        self.resumed = path.exists()
         self._size = self._find_end()
         self._file = path.open("ab", buffering=0)
 
