@@ -337,11 +337,19 @@ class Search:
         )
 
     def _measure_finalists(self) -> None:
-        """Measure the best anew, thoroughly."""
-        ranked = self._ranked()
-        for candidate in ranked[:_FINALISTS]:
-            if candidate.thorough or (self._elapsed() > self._seconds and candidate is not ranked[0]):
+        """Measure the best anew, thoroughly; those that passed the gate first, as one of them is wanted.
+
+        When the time is over it goes on only until something is known thoroughly, and has passed if anything
+        did.
+        """
+        ranked = sorted(self._ranked(), key=lambda each: not each.passed)
+        for place, candidate in enumerate(ranked):
+            if candidate.thorough:
                 continue
+            if place >= _FINALISTS or self._elapsed() > self._seconds:
+                known = [each for each in ranked if each.thorough]
+                if any(each.passed for each in known) or (known and not candidate.passed):
+                    break
             subject = self.subject_of(candidate)
             candidate.outcome, candidate.passed = self._measure(subject, _THOROUGH)
             candidate.thorough = True
