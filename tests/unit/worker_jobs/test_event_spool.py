@@ -53,7 +53,6 @@ def test_whoever_opens_it_again_goes_on_counting_and_half_an_event_is_cut_off(tm
     with (tmp_path / "s").open("ab") as file:
         file.write(b"\x04\0\0\0\0\0\0\0\xff\0\0\0half")
     again = EventSpool(tmp_path / "s", TASK, stored=1)
-    assert again.resumed
     again.add(line("four"))
     assert numbers(again.unsent(1 << 20)) == [2, 3, 4]
     again.close(remove=True)
@@ -62,7 +61,6 @@ def test_whoever_opens_it_again_goes_on_counting_and_half_an_event_is_cut_off(tm
 
 def test_a_file_that_is_gone_counts_on_from_what_is_stored(tmp_path: Path) -> None:
     spool = EventSpool(tmp_path / "s", TASK, stored=41)
-    assert not spool.resumed
     spool.add(line("x"))
     assert spool.last == 42
     spool.close()
