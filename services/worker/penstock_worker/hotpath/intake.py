@@ -14,9 +14,11 @@ from penstock_worker.domain.batching import BatchQueue
 from penstock_worker.domain.pacing import Pacer
 from penstock_worker.hotpath.execution import Work
 
-# Reading and decoding a batch takes about this long; so much before the model is expected to be free, the
-# next batch is read. Earlier, it could take requests that an idle replica would have computed by then.
+# So much before the model is expected to be free the next batch is read: earlier, it could take requests that
+# an idle replica would have computed by then; later, the model waits. Reading and decoding 32 rows takes 1 to
+# 2 ms, and calls of some milliseconds vary by as much on a machine that does other things: half a call then.
 _LEAD_SECONDS = 0.002
+_MOST_LEAD_SECONDS = 0.004
 # The main thread must not sleep longer: a signal that the kernel gives to another thread does not wake it,
 # and Python runs its handler only there.
 _SLEEP_SECONDS = 0.25
@@ -66,8 +68,8 @@ class Intake:
         # So many rows wake the computing thread up; fewer are not what it waits for.
         self._wanted = 1
         self._closed = False
-        # time.monotonic() when the model will be free, as far as known; 0 while it is.
-        self._busy_until = 0.0
+        # time.monotonic() when the next batch should be read, as the model will be free soon; 0 while it is.
+        self._read_at = 0.0
 
     def room(self, timeout: float) -> int:
         """Wait until more should be read; return how many requests, 0 if `timeout` seconds pass first."""
@@ -77,7 +79,7 @@ class Intake:
                 now = time.monotonic()
                 room = min(self._read_limit, self._pacer.limit) - len(self._queue)
                 if room > 0 and self._queue.rows < self._pacer.limit and not self._suspects:
-                    pause = self._busy_until - _LEAD_SECONDS - now
+                    pause = self._read_at - now
                     if pause <= 0:
                         return room
                 else:
@@ -107,7 +109,7 @@ class Intake:
             None, with `wait`: it is closed and empty.
         """
         with self.lock:
-            self._busy_until = 0.0
+            self._read_at = 0.0
             self._emptied.notify()
             paused_since = 0.0
             while True:
@@ -130,7 +132,9 @@ class Intake:
     def computing(self, rows: int) -> None:
         """Say that the model is busy with so many rows from now on."""
         with self.lock:
-            self._busy_until = time.monotonic() + self._pacer.curve.seconds(rows)
+            seconds = self._pacer.curve.seconds(rows)
+            lead = min(max(_LEAD_SECONDS, seconds / 2), _MOST_LEAD_SECONDS)
+            self._read_at = time.monotonic() + seconds - lead
             self._emptied.notify()
 
     def computed(self, rows: int, seconds: float) -> None:

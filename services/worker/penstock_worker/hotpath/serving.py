@@ -46,6 +46,9 @@ _READ_AHEAD_SECONDS = 0.004
 _READ_LIMIT = 128
 # Batches whose answers wait for the sending thread; more would only hide that Redis is slow.
 _ANSWERS_WAITING = 4
+# Answers that the computing thread sends itself while nothing waits. Encoding and sending 32 takes a
+# millisecond or more, in which the next batch may come; a hand-over costs what a few of them do.
+_ANSWERED_ALONE = 4
 _RETRY_SECONDS = 0.1
 # Of the difference between a request's age and the least one, what is added to the latter.
 _DRIFT = 1e-4
@@ -185,7 +188,7 @@ class Serving:
             while True:
                 taken = intake.take(wait=computed is None)
                 if computed is not None:
-                    if isinstance(taken, Batch):
+                    if isinstance(taken, Batch) or (taken is None and len(computed[0]) > _ANSWERED_ALONE):
                         self._put(answers, computed)
                     else:
                         # The model is free anyway: a hand-over would only cost time. Before a suspect, what
