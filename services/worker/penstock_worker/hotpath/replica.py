@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 _HEARTBEAT_SECONDS = 1.0
 _RETRY_SECONDS = 0.1
 # A thread that holds the interpreter lets another have it after this long, instead of Python's 5 ms: the
-# threads that read and answer must not wait for a model written in Python, nor the one that computes for
-# them, each time that torch gives it back the interpreter: with 1 ms a model of 5 ms answers a twentieth less.
+# threads that read and answer must not wait for a model written in Python, nor the computing thread for them
+# each time that torch gives it the interpreter back. With 1 ms a model of 5 ms answers a twentieth less.
 _SWITCH_SECONDS = 0.0002
 
 
