@@ -28,6 +28,8 @@ def binomial(rng: random.Random, n: int, p: float) -> int:
     """Draws a binomial; by its normal limit where that is exact enough, so that long looks are cheap."""
     if n * p * (1 - p) > 200:
         return min(n, max(0, round(rng.gauss(n * p, math.sqrt(n * p * (1 - p))))))
+    if p > 0.5:  # of the rarer kind there are fewer to find
+        return n - binomial(rng, n, 1 - p)
     return sum(rng.random() < p for _ in range(n)) if n < 400 else poisson(rng, n, p)
 
 
