@@ -164,6 +164,39 @@ async def test_a_log_without_end_is_cut_off_and_says_so(
     assert "further ones are not kept" in events[3].log.text
 
 
+async def test_a_program_that_names_new_metrics_for_ever_does_not_make_the_job_grow(
+    running: Any, sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_events, "MAX_METRICS", 3)
+    monkeypatch.setattr(job_events, "MAX_CHECKPOINTS", 2)
+    client = running.client()
+    named = [
+        job_pb2.JobEvent(
+            task=TASK,
+            number=n,
+            metrics=job_pb2.MetricPoint(step=n, values={"loss": 1.0 / n, f"loss{n}": 1.0}),
+        )
+        for n in range(1, 9)
+    ]
+    notes = [
+        job_pb2.JobEvent(
+            task=TASK, number=n, checkpoint=job_pb2.CheckpointNote(step=n, artifact=f"{CHECKPOINT[:-1]}{n}")
+        )
+        for n in range(9, 13)
+    ]
+    await sender.send(*named[:4])
+    await client.until_job(lambda job: job.last_event == 4)
+    await sender.send(*named[4:], *notes)
+    job = await client.until_job(lambda job: job.last_event == 12)
+    assert dict(job.metrics) == {"loss": 0.125, "loss1": 1.0, "loss2": 1.0}
+    assert len(await events_of(client)) == 12
+    running.runner.works = lambda spec: None
+    running.runner.say_task(TASK, "SUCCEEDED", last_event=12)
+    await client.until_job("SUCCEEDED")
+    await client.jobs.DeleteJob(job_service_pb2.DeleteJobRequest(name="jobs/fit"))
+    assert sorted(running.registry.deleted) == [f"{CHECKPOINT[:-1]}{n}" for n in (11, 12)]
+
+
 @pytest.mark.training
 async def test_old_progress_is_thinned_out(
     running: Any, sender: Sender, monkeypatch: pytest.MonkeyPatch

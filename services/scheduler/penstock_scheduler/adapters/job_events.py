@@ -12,7 +12,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from penstock.scheduler.v1 import job_pb2
 from penstock_scheduler.adapters.rows import JobEventRow, JobRow, TaskRow
 from penstock_scheduler.domain.job import EventKind, JobState
-from penstock_scheduler.domain.job_events import LIMITS, MAX_LOG_LINES, JobEvent, following, keep
+from penstock_scheduler.domain.job_events import (
+    LIMITS,
+    MAX_LOG_LINES,
+    JobEvent,
+    following,
+    keep,
+    latest_metrics,
+    newest_checkpoints,
+)
 from penstock_scheduler.usecases.job_ports import TakenIn
 
 # How many events may come between two looks whether there are too many.
@@ -88,9 +96,9 @@ class SqlJobEvents:
         if kept.progress:
             changes["progress"] = kept.progress
         if kept.metrics:
-            changes["metrics"] = {**row.metrics, **kept.metrics}
+            changes["metrics"] = latest_metrics(row.metrics, kept.metrics)
         if kept.artifacts:
-            changes["checkpoints"] = list(dict.fromkeys((*row.checkpoints, *kept.artifacts)))
+            changes["checkpoints"] = newest_checkpoints(row.checkpoints, kept.artifacts)
         await self._session.execute(update(JobRow).where(JobRow.id == job_id).values(changes))
         if sequence // _LOOK_EVERY != before // _LOOK_EVERY:
             await self._thin_out(job_id)

@@ -18,6 +18,12 @@ LIMITS: Mapping[EventKind, int] = {
 }
 """Of more events than these every second one is forgotten, but for the newest quarter."""
 
+MAX_METRICS = 1_000
+"""Metrics whose latest value is kept with a job; a program may name others at every step."""
+
+MAX_CHECKPOINTS = 4_096
+"""Checkpoints at the registry that are remembered with a job, the newest: agents delete what is older."""
+
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
@@ -107,3 +113,17 @@ def keep(events: Sequence[JobEvent], log_lines: int) -> Kept:
         if event.artifact:
             artifacts.append(event.artifact)
     return Kept(tuple(kept), cut, log_lines, progress, metrics, tuple(artifacts))
+
+
+def latest_metrics(known: Mapping[str, float], fresh: Mapping[str, float]) -> dict[str, float]:
+    """The latest value of each metric, of those that came first if there are too many."""
+    found = dict(known)
+    for name, value in fresh.items():
+        if name in found or len(found) < MAX_METRICS:
+            found[name] = value
+    return found
+
+
+def newest_checkpoints(known: Sequence[str], fresh: Sequence[str]) -> list[str]:
+    """Names of checkpoints, each once, of the newest if there are too many."""
+    return list(dict.fromkeys((*known, *fresh)))[-MAX_CHECKPOINTS:]

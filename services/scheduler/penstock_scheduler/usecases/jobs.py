@@ -22,6 +22,7 @@ from penstock_scheduler.usecases.ports import Registry, Wakeup, Work, Works
 log = logging.getLogger(__name__)
 
 MAX_NODES_LOOKED_AT = 1000
+DELETED_AT_ONCE = 8
 JobMarks = Mapping[str, JobMark]
 
 
@@ -196,11 +197,16 @@ class Jobs:
                 await work.commit()
 
     async def _delete_made(self, job_id: str, names: Collection[str]) -> None:
-        for name in sorted(names):
-            try:
-                await self._results.delete(name, job_id)
-            except (FailedPrecondition, InvalidArgument) as error:
-                log.warning("what job %s left behind, %s, stays: %s", job_id, name, error)
+        limit = asyncio.Semaphore(DELETED_AT_ONCE)
+
+        async def delete(name: str) -> None:
+            async with limit:
+                try:
+                    await self._results.delete(name, job_id)
+                except (FailedPrecondition, InvalidArgument) as error:
+                    log.warning("what job %s left behind, %s, stays: %s", job_id, name, error)
+
+        await asyncio.gather(*(delete(name) for name in sorted(names)))
 
     async def _say_changed(self, job_id: str) -> None:
         self._wakeup.wake()
