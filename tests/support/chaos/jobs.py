@@ -11,7 +11,8 @@ def repeated(events: Iterable[job_pb2.JobEvent]) -> list[tuple[int, int]]:
     """For each time that it went back: the step of the last checkpoint, and where it went on."""
     found, done, last = [], 0, 0
     for event in events:
-        if event.HasField("checkpoint"):
+        if event.HasField("checkpoint") and not event.checkpoint.artifact:
+            # Those with an artifact say that a part of one is in the registry, too.
             last = max(last, event.checkpoint.step)
         elif event.HasField("progress") and event.progress.total:
             if event.progress.done < done:

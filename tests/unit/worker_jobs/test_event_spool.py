@@ -85,3 +85,10 @@ def test_lines_are_left_out_before_metrics_are_while_nobody_stores_them(
     assert [event.number for event in found] == [last + 1, last + 2]
     assert found[0].log.text.startswith("2 lines are left out")
     spool.close()
+
+
+def test_what_comes_after_the_end_of_a_task_is_not_kept(tmp_path: Path) -> None:
+    spool = EventSpool(tmp_path / "s", TASK)
+    spool.close(remove=True)
+    assert not spool.add(metric(1))
+    assert not (tmp_path / "s").exists()

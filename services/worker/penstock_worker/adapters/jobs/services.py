@@ -283,11 +283,9 @@ class TaskClerk:
         if complete:
             self._restored.clear()
             final = room.store.directory / str(step)
-            alone = desired.tasks == 1
-            if alone:
+            if desired.tasks == 1:
                 self._note_checkpoint(step, "")
-            sent = _nobody if alone or desired.index else self._note_checkpoint
-            room.uploads.send(Part(writing, desired.index, final, desired.attempt, sent))
+            room.uploads.send(Part(writing, desired.index, final, desired.attempt, self._note_checkpoint))
         return {"complete": complete}
 
     def _note_checkpoint(self, step: int, artifact: str) -> None:
@@ -417,7 +415,3 @@ class TaskClerk:
         for key, value in environment(self._processor).items():
             if key not in lineage.environment:
                 lineage.environment[key] = value
-
-
-def _nobody(step: int, artifact: str) -> None:
-    """Said already, or task 0 says it."""

@@ -52,7 +52,9 @@ class EventSpool:
         return self.stored >= self._last
 
     def add(self, event: job_pb2.JobEvent) -> bool:
-        """Number an event and keep it; false if there is no room, or no disk, for it."""
+        """Number an event and keep it; false if there is no room, or no disk, for it, or it is closed."""
+        if self._file.closed:
+            return False  # A checkpoint may still be on its way when the task is forgotten.
         is_log = event.WhichOneof("event") == "log"
         if self._size > (LOG_LIMIT_BYTES if is_log else LIMIT_BYTES):
             self._left_out += is_log

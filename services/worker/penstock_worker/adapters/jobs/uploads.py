@@ -37,7 +37,7 @@ FOLLOWED = 4
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], asyncio.Task[None]]
 Sent = Callable[[int, str], None]
-"""Takes a step and the artifact that holds its first part, once the registry has all parts."""
+"""Takes a step and the artifact that holds a part of its checkpoint: it is deleted with the job."""
 
 READY = artifact_pb2.ARTIFACT_STATE_READY
 UPLOADING = artifact_pb2.ARTIFACT_STATE_UPLOADING
@@ -178,6 +178,7 @@ class Uploads:
             announced, target, part.path, key=f"{self._job} {part.attempt} {part.writing.round} {part.step}"
         )
         await self._registry.finalize_artifact(made.name)
+        part.sent(part.step, made.name)
         if part.number == 0 and not await self._others_came(part):
             return
         mine = await self._registry.artifacts_of(target)
@@ -186,7 +187,6 @@ class Uploads:
         for _, name in older if part.number == 0 else older[:-1]:
             with contextlib.suppress(PenstockError):
                 await self._registry.delete_artifact(name)
-        part.sent(part.step, made.name)
 
     async def _others_came(self, part: Part) -> bool:
         """Wait until the registry has all parts; give up when they do not come, or ranks went back."""
