@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from penstock.scheduler.v1 import job_pb2
 from support.agent_world import World, alive, until
 from support.artifact_caller import ArtifactCaller
 from support.job_specs import job
@@ -62,6 +63,37 @@ async def test_a_recipe_over_what_its_job_asked_for_is_ended_likewise(
         seen = await world.task_state(world.want_task(wanted, memory_bytes=GRANT).name, "FAILED")
         assert (seen.failure_reason, seen.permanent) == ("OUT_OF_MEMORY", True)
         assert "it was given 250 MB" in seen.message or "each rank has 238" in seen.message
+
+
+async def test_a_dataset_larger_than_the_memory_of_the_job_is_learnt_from_by_two_ranks(
+    world: World, run_agent, artifacts: ArtifactCaller, tmp_path: Path
+) -> None:
+    rows = np.random.default_rng(0).standard_normal((2 * GRANT // 4096, 1024), dtype=np.float32)
+    np.savez(tmp_path / "d.npz", x=rows, y=np.arange(len(rows)) % 2)
+    data = await artifacts.push("rows", {"data.npz": (tmp_path / "d.npz").read_bytes()})
+    wanted = job("", ranks=2)
+    wanted.train.dataset = data.name
+    wanted.train.recipe.architecture = "linear"
+    wanted.train.recipe.strategy.name = "ddp"
+    wanted.train.recipe.batch_size = 4096
+    wanted.train.recipe.epochs = 2
+    wanted.resources.memory_bytes = GRANT
+    async with run_agent(train=RECIPE, torch=True):
+        task = world.want_task(wanted, memory_bytes=2 * GRANT)
+        most = 0
+
+        def ended() -> bool:
+            nonlocal most
+            seen = world.observed_task(task.name)
+            most = max(most, seen.memory_bytes if seen is not None else 0)
+            return seen is not None and seen.state in (
+                job_pb2.TASK_STATE_SUCCEEDED,
+                job_pb2.TASK_STATE_FAILED,
+            )
+
+        await until(ended, seconds=90)
+        await world.task_state(task.name, "SUCCEEDED")
+    assert 0 < most < rows.nbytes
 
 
 @contextlib.contextmanager
