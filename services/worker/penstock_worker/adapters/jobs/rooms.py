@@ -79,11 +79,9 @@ class JobRoom:
     def begin_gathering(self, choice: Choice, held: Mapping[tuple[Writing, int], Path]) -> Path:
         """Make the directory for a checkpoint that is gone on from, with the parts of this disk. Blocking.
 
-        Those that were gathered before, and parts of newer ones that nobody can complete, are removed.
+        Those that were gathered before are removed.
         """
-        step = choice.writing.step
-        self.store.forget_after(step)
-        target = self.store.restored(step)
+        target = self.store.restored(choice.writing.step)
         shutil.rmtree(target.parent, ignore_errors=True)
         partial = target.with_name(f"{target.name}.partial")
         partial.mkdir(parents=True)

@@ -145,7 +145,10 @@ class TaskClerk:
                     "parts": to_fields(await self._stored(int(fields["parts"]), bool(fields["optional"])))
                 }
             case "gather":
-                return await self._begin_gathering(choice_from(fields["choice"]))
+                choice = choice_from(fields["choice"])
+                # Parts of newer ones cannot be completed: all go on from before them.
+                await in_thread(self._room.store.forget_after, choice.writing.step)
+                return await self._begin_gathering(choice)
             case "gathered":
                 path = await in_thread(self._room.end_gathering, int(fields["step"]))
                 return {"path": str(path)}
