@@ -21,24 +21,6 @@ _TIMEOUT_SECONDS = 300
 _running: list[Mesh] = []
 
 
-@pytest.fixture(scope="module")
-def start_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Mesh]]:
-    """Start a mesh, which is stopped after the module: `start_mesh(gateways=2, env={"PENSTOCK_…": "…"})`."""
-    started: list[Mesh] = []
-
-    def start(*, gateways: int = 1, workers: int = 1, env: dict[str, str] | None = None) -> Mesh:
-        mesh = Mesh(tmp_path_factory.mktemp("mesh") / "data", gateways=gateways, workers=workers, env=env)
-        started.append(mesh)
-        _running.append(mesh)
-        return mesh
-
-    yield start
-    for mesh in started:
-        _running.remove(mesh)
-    for mesh in started:
-        mesh.stop()
-
-
 class _Shared:
     """The mesh of the last module that shared one, until another one needs other settings."""
 
@@ -81,6 +63,25 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Shared]:
     shared = _Shared(tmp_path_factory)
     yield shared
     shared.stop()
+
+
+@pytest.fixture(scope="module")
+def start_mesh(_shared: _Shared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Mesh]]:
+    """Start a mesh, which is stopped after the module: `start_mesh(gateways=2, env={"PENSTOCK_…": "…"})`."""
+    _shared.stop()  # no module after this one uses it
+    started: list[Mesh] = []
+
+    def start(*, gateways: int = 1, workers: int = 1, env: dict[str, str] | None = None) -> Mesh:
+        mesh = Mesh(tmp_path_factory.mktemp("mesh") / "data", gateways=gateways, workers=workers, env=env)
+        started.append(mesh)
+        _running.append(mesh)
+        return mesh
+
+    yield start
+    for mesh in started:
+        _running.remove(mesh)
+    for mesh in started:
+        mesh.stop()
 
 
 @pytest.fixture(scope="module")
