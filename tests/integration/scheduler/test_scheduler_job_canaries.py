@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from penstock.scheduler.v1 import deployment_pb2, job_work_pb2
+from penstock.scheduler.v1 import scheduler_service_pb2 as pb
 from penstock_kit.errors import NotFound, Reason, Unavailable
 
 RESULT = "models/digits/versions/2"
@@ -45,6 +46,18 @@ async def test_what_passed_its_gate_is_rolled_out_once(bench: Any, client: Any) 
     assert asked.revision == 2
     assert asked.updated_by == "jobs/fit"
     assert asked.rollout_policy.strategy == deployment_pb2.ROLLOUT_STRATEGY_CANARY
+    assert list(asked.rollout_policy.steps)[-1] == 100
+
+    await agent.vanish()
+    await agent.attach()
+    # Its first step begins, and passes over the cluster go on.
+    name = f"{asked.name}/rollouts/2"
+
+    async def begun() -> bool:
+        found = await client.stub.GetRollout(pb.GetRolloutRequest(name=name))
+        return found.message == "The new targets get 1 % of the traffic."
+
+    await bench.eventually(begun, "its first step begins")
 
 
 async def test_what_failed_its_gate_goes_nowhere(bench: Any, client: Any) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from penstock_kit.errors import PenstockError, Unavailable
 from penstock_scheduler.domain.job import Job
-from penstock_scheduler.domain.rollout import RolloutPolicy, Strategy
+from penstock_scheduler.domain.rollout import RolloutPolicy, Strategy, check_policy
 from penstock_scheduler.domain.validate import TargetAsked
 from penstock_scheduler.usecases.deployments import Asked, Changes, Deployments
 
 _NAMESPACE = uuid.UUID("5b0c3c0e-8f3b-53f5-8a0e-0d6c1be1c1f7")
-_CANARY = RolloutPolicy(strategy=Strategy.CANARY)
+# With its defaults filled in, as those of callers are.
+_CANARY = check_policy(RolloutPolicy(strategy=Strategy.CANARY))
 
 
 @dataclass(frozen=True, slots=True)
