@@ -36,6 +36,8 @@ from penstock_worker.usecases.job_context import JobContext, JobFailure, Stopped
 
 # Seconds between two metrics that are recorded: a few a second are kept.
 _METRICS_SECONDS = 0.5
+# Seconds between two words on how far it is: epochs of few steps end more often.
+_PROGRESS_SECONDS = 0.1
 # A loss beyond so many times the first one, or this number, is not coming back.
 _EXPLODED = 1e4
 # Rows that are measured at once.
@@ -129,7 +131,7 @@ class Loop:
             (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "_dropout", 0.0)
             for module in strategy.module.modules()
         )
-        self._recorded = -math.inf
+        self._recorded = self._said = -math.inf
         self._counted, self._counted_at = 0, time.monotonic()
 
     def run(self) -> Outcome:
@@ -188,12 +190,7 @@ class Loop:
         at, loss = self._at, decision.loss
         if loss is not None:
             self._count(loss, decision.weight)
-        self._context.progress(
-            at.step,
-            self._batches * self._plan.epochs,
-            "steps",
-            f"epoch {min(at.epoch + 1, self._plan.epochs)} of {self._plan.epochs}",
-        )
+        self._progress()
         # An epoch's end has its own metrics, of the whole epoch.
         if loss is not None and at.batch < self._batches:
             self._record({"train/loss": loss})
@@ -206,6 +203,15 @@ class Loop:
         if decision.stop:
             self._strategy.settle()
             raise Stopped
+
+    def _progress(self) -> None:
+        """Say how far it is, if it is long enough since the last time, or the end."""
+        at, total, now = self._at, self._batches * self._plan.epochs, time.monotonic()
+        if now - self._said < _PROGRESS_SECONDS and at.step < total:
+            return
+        self._said = now
+        epoch = min(at.epoch + 1, self._plan.epochs)
+        self._context.progress(at.step, total, "steps", f"epoch {epoch} of {self._plan.epochs}")
 
     def _count(self, loss: float, weight: float) -> None:
         at = self._at
