@@ -102,7 +102,8 @@ def checked(context: FileJobContext, agents: Sequence[subprocess.Popen[bytes]], 
     """The job has come to its end, to the usual quality, and took up a checkpoint on its way."""
     codes = [process.wait(100) for process in agents]
     outputs = "".join(path.read_text() for path in sorted((root / "job").glob("output.*.txt")))
-    assert codes == [0] * len(agents), outputs[-4000:]
+    said = [path.read_text() for path in sorted((root / "job").glob("failure.*.json"))]
+    assert codes == [0] * len(agents), f"{outputs[-4000:]}\n{said}"
     (version,) = context.published()
     assert version.version.manifest.metrics["held_out/accuracy"] > 0.92
     done = [line["done"] for line in context.lines("progress")]
