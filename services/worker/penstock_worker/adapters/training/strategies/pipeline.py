@@ -34,6 +34,7 @@ class PipelineStrategy(Strategy):
         self.module = model.part(bounds[rank], bounds[rank + 1]).to(self.device).train()
         self.optimizer = self.parts.build_optimizer(self.module.parameters())
         pieces = min(self.spec.microbatches or 2 * stages, self.parts.batch_size)
+        self._microbatches = pieces
         self._rows = -(-self.parts.batch_size // pieces) * pieces
         self._first, self._last = rank == 0, rank == stages - 1
         stage = PipelineStage(_Contiguous(self.module), rank, stages, self.device)
@@ -45,7 +46,7 @@ class PipelineStrategy(Strategy):
         # Of the batch at hand, in the last stage.
         self._targets = torch.empty(0)
         self._whole: Tensor | float = 1.0
-        self._loss = torch.zeros((), device=self.device)
+        self._of_pieces: list[Tensor] = []
 
     @property
     def stream(self) -> int:
@@ -82,7 +83,7 @@ class PipelineStrategy(Strategy):
         objective = self.parts.objective
         rows = len(indices)
         places = torch.arange(self._rows, device=self.device)
-        self._loss = torch.zeros((), device=self.device)
+        self._of_pieces = []
         with self._autocast():
             if self._first:
                 inputs, _ = self.parts.rows.batch(indices)
@@ -93,17 +94,22 @@ class PipelineStrategy(Strategy):
                 _, self._targets = self.parts.rows.batch(indices)
                 self._whole = objective.weight(self._targets)
                 self._schedule.step(target=places, losses=[], return_outputs=False)
-        return self._loss, self._whole if self._last else 0.0
+        if not self._last:
+            return torch.zeros((), device=self.device), 0.0
+        # Before the first step torch asks for a loss of outputs of whatever was in memory, to learn shapes.
+        return torch.stack(self._of_pieces[-self._microbatches :]).sum(), self._whole
 
     def _piece_loss(self, outputs: Tensor, places: Tensor) -> Tensor:
         """Give the share of a piece in the loss of its batch."""
         places = places[places < len(self._targets)]
         if not len(places):
-            return outputs.float().sum() * 0.0
+            nothing = outputs.float().sum() * 0.0
+            self._of_pieces.append(nothing.detach())
+            return nothing
         with torch.autocast(self.device.type, enabled=False):
             targets = self._targets.index_select(0, places)
             loss_sum = self.parts.objective.loss_sum(outputs[: len(places)], targets)
-        self._loss += loss_sum.detach()
+        self._of_pieces.append(loss_sum.detach())
         return loss_sum / self._whole
 
     def _clip(self, most: float) -> None:
