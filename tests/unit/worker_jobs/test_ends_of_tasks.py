@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from penstock_kit.errors import NotFound, Unavailable
+from penstock_kit.errors import InvalidArgument, NotFound, Unavailable
 from penstock_worker.adapters.jobs.rank import end_of
 from penstock_worker.domain.task import Allowance, DesiredTask, End, EndKind, KilledRank, worst
 from penstock_worker.usecases.job_context import JobFailure
@@ -26,6 +26,7 @@ FAILED = EndKind.FAILED
         (RuntimeError("[pair.cc] Connection closed by peer [::1]"), EndKind.PEERS_LOST, "", False),
         (RuntimeError("shape mismatch"), FAILED, "ERROR", False),
         (Unavailable("The registry is away."), FAILED, "UNAVAILABLE", False),
+        (InvalidArgument("The manifest has no entrypoint."), FAILED, "INVALID_REQUEST", True),
         (NotFound("no such dataset"), FAILED, "RESOURCE_NOT_FOUND", False),
     ],
 )

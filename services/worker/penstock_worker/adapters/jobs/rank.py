@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from penstock_kit.errors import PenstockError, Unavailable
+from penstock_kit.errors import InvalidArgument, PenstockError, Unavailable
 from penstock_worker.adapters.jobs import limits
 from penstock_worker.adapters.jobs.config import LauncherConfig
 from penstock_worker.adapters.jobs.disk import full_disk
@@ -168,7 +168,9 @@ def end_of(
     if isinstance(error, Unavailable):
         return End(EndKind.FAILED, words, "UNAVAILABLE", permanent=False)
     if isinstance(error, PenstockError):
-        return End(EndKind.FAILED, words, error.reason.name, permanent=False)
+        # What is refused for what it is would be refused again, after all the work.
+        refused = isinstance(error, InvalidArgument)
+        return End(EndKind.FAILED, words, error.reason.name, permanent=refused)
     return End(
         EndKind.FAILED,
         last_words(error),
