@@ -86,6 +86,40 @@ def test_a_model_gets_numbers_that_lie_where_the_processor_wants_them() -> None:
     assert seen == [True]
 
 
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        [np.arange(6, dtype=np.float16).reshape(3, 2), np.arange(2, dtype=np.float16).reshape(1, 2)],
+        [np.array([True, False]), np.array([True])],
+        [np.zeros((0, 3), np.int64), np.zeros((0, 3), np.int64)],
+        [np.arange(12, dtype=np.int32).reshape(4, 3)[::2], np.arange(3, dtype=np.int32).reshape(1, 3)],
+        [np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.arange(6.0).reshape(2, 3)],
+        [np.frombuffer(b"?" + np.ones(4, np.float32).tobytes(), np.float32, 4, 1).reshape(2, 2)] * 2,
+        [np.ones((2, 2), BFLOAT16), np.zeros((1, 2), BFLOAT16)],
+        [np.array([b"a", b"bc"], dtype=object), np.array([b""], dtype=object)],
+    ],
+    ids=["halves", "booleans", "no rows", "every other row", "columns", "unaligned", "bfloat16", "texts"],
+)
+def test_arrays_of_any_kind_are_joined_into_memory_of_their_own(arrays: list[Any]) -> None:
+    def keep(batch: Arrays) -> Arrays:
+        seen.append(batch["x"])
+        return {"y": batch["x"]}
+
+    seen: list[Any] = []
+    trailing = arrays[0].shape[1:]
+    run, _ = executor(keep, takes=(-1, *trailing), gives=(-1, *trailing))
+    works = [work(np.zeros((len(array), *trailing))) for array in arrays]
+    for one, array in zip(works, arrays, strict=True):
+        one.infer.inputs["x"] = array
+    run.run(works)
+    joined, want = seen[0], np.concatenate(arrays)
+    assert joined.dtype == want.dtype
+    assert joined.tolist() == want.tolist()
+    assert joined.flags.writeable
+    assert joined.flags.aligned
+    assert not any(np.shares_memory(joined, array) for array in arrays)
+
+
 def test_only_the_request_that_makes_the_model_fail_gets_the_error() -> None:
     def touchy(batch: Arrays) -> Arrays:
         if (batch["x"] < 0).any():

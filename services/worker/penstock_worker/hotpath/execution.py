@@ -22,6 +22,8 @@ from penstock_worker.domain.runtime import Batch, Servable
 _MESSAGE_LENGTH = 2000
 # Dimensions up to 8 are padded to one another whatever they are.
 _SHORT_BITS = 3
+# Numbers and booleans of numpy's own, whose bytes may be read as they are.
+_PLAIN_KINDS = frozenset("biuf")
 # Not all of BaseException: a signal may end the replica while a model warms up. SIGINT is ignored there.
 _RAISED_BY_MODELS = (Exception, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
 
@@ -227,7 +229,7 @@ class Executor:
         self._servable.close()
 
     def _join(self, batch: Sequence[Work]) -> dict[str, Array]:
-        join = _pad if self._pad else np.concatenate
+        join = _pad if self._pad else _joined
         try:
             return {name: join([work.infer.inputs[name] for work in batch]) for name in batch[0].infer.inputs}
         except (MemoryError, ValueError) as error:
@@ -306,10 +308,26 @@ def _variable(spec: TensorSpec) -> list[int]:
     return [axis for axis, size in enumerate(spec.shape) if axis and size < 0]
 
 
+def _joined(arrays: Sequence[Array]) -> Array:
+    """Join arrays along their first dimension.
+
+    numpy lets other threads have the interpreter at each array that it copies, and waits to have it back:
+    32 rows of 4 KiB took 0.3 to 1.3 ms beside a busy reader, where one piece of bytes takes 0.04.
+    """
+    first, rows = arrays[0], sum([len(array) for array in arrays])
+    trailing, dtype = first.shape[1:], first.dtype
+    if dtype.kind not in _PLAIN_KINDS or any(
+        array.dtype != dtype or array.shape[1:] != trailing or not array.flags.c_contiguous
+        for array in arrays
+    ):
+        return np.concatenate(arrays)
+    return np.ndarray((rows, *trailing), dtype, bytearray().join(cast("Sequence[memoryview]", arrays)))
+
+
 def _pad(arrays: Sequence[Array]) -> Array:
     sizes = {array.shape[1:] for array in arrays}
     if len(sizes) == 1:
-        return np.concatenate(arrays)
+        return _joined(arrays)
     shape = (sum(len(array) for array in arrays), *map(max, *sizes))
     joined = (
         np.full(shape, b"", dtype=object) if arrays[0].dtype == object else np.zeros(shape, arrays[0].dtype)
