@@ -359,3 +359,15 @@ def test_a_job_that_went_on_smaller_stays_so_while_another_waits_or_there_is_no_
     for _ in range(30):
         world.step()
     assert (world.job().attempt, world.job("wide").state) == (2, JobState.QUEUED)
+
+
+def test_a_whole_job_of_which_tasks_have_ended_goes_on_while_the_first_publishes() -> None:
+    world = JobWorld(node("n1", 0.5), node("n2", 0.5), node("n3", 0.5))
+    world.submit(tasks=3, least=2)
+    world.until(JobState.RUNNING)
+    for number in (1, 2):
+        world.say(f"fit/tasks/{number}", TaskState.SUCCEEDED)
+    for _ in range(300):
+        world.step()
+    assert (world.job().state, world.job().attempt) == (JobState.RUNNING, 1)
+    assert len(world.tasks()) == 1

@@ -122,8 +122,17 @@ class JobDraft:
             and not job.cancelling
             and job.placed_time is not None
             and job.placed_time <= since
-            and len(self.tasks_of(job.id)) < job.gang.tasks
+            and self._works_smaller(job)
         ]
+
+    def _works_smaller(self, job: Job) -> bool:
+        """Whether its attempt began with fewer tasks than it asked for, and none of them has ended.
+
+        Tasks that have ended hold nothing any more, while the first publishes what all of them made.
+        """
+        working = [task for task in self.tasks_of(job.id) if task.working]
+        began_with = job.tasks_made - working[0].number + working[0].index if working else 0
+        return 0 < len(working) == began_with < job.gang.tasks
 
     # -- stages, in order -------------------------------------------------------------------------
 
