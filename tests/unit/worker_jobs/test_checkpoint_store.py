@@ -1,11 +1,12 @@
 """A checkpoint on a disk is complete or not there."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from penstock_worker.adapters import bundle_files
-from penstock_worker.adapters.jobs.checkpoints import CheckpointStore
+from penstock_worker.adapters.jobs.checkpoints import CheckpointStore, join
 from penstock_worker.usecases.job_context import JobFailure
 
 
@@ -98,3 +99,41 @@ def test_those_after_a_step_that_is_gone_back_to_are_removed(tmp_path: Path) -> 
     assert store.last() == (1, tmp_path / "1")
     store.forget_after(-1)
     assert store.last() is None
+
+
+def test_of_one_that_is_being_removed_nothing_lies_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 1)
+    write(store, 2)
+    rmtree, seen = shutil.rmtree, []
+
+    def watched(path: Path, ignore_errors: bool = False) -> None:
+        seen.append(CheckpointStore(tmp_path).last())
+        rmtree(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    store.forget_after(1)
+    assert seen[-1] == (1, tmp_path / "1")
+
+
+def test_what_was_left_of_one_that_was_being_removed_goes_with_the_next(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, 1)
+    (tmp_path / "1").rename(tmp_path / "1.gone.partial")
+    write(store, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_parts_with_files_of_one_name_leave_one_another_as_they_were(tmp_path: Path) -> None:
+    parts = [tmp_path / "first", tmp_path / "second", tmp_path / "third"]
+    for part in parts:
+        part.mkdir()
+        (part / "state").write_text(part.name)
+    target = tmp_path / "all"
+    join(parts[0], target, link=True)
+    join(parts[1], target, link=True)
+    join(parts[2], target)
+    assert [(part / "state").read_text() for part in parts] == ["first", "second", "third"]
+    assert (target / "state").read_text() == "third"

@@ -122,6 +122,8 @@ class Agreement:
         view = memoryview(buffer.numpy())
         if path is not None and not sends:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # One of that name is a link to another part, on this disk, that must not be written to.
+            path.unlink(missing_ok=True)
         with (path or Path(os.devnull)).open("rb" if sends else "wb") as file:
             left = size
             while left:

@@ -1,6 +1,6 @@
 """Checkpoints of a job on this node's disk. All of it blocks.
 
-    <directory>/<step>.partial/   being written, by all ranks of this node
+    <directory>/<step>.partial/   being written, by all ranks of this node; <step>.gone.partial/ is removed
     <directory>/<step>/           complete; it appears in one step, after its files were forced to the disk
     <directory>/restored/<step>/  gathered from other nodes and the registry
 
@@ -110,13 +110,15 @@ class CheckpointStore:
     def release(self, step: int) -> None:
         """Let it go when there are newer ones."""
         self._in_use[step] -= 1
+        if self._in_use[step] <= 0:
+            del self._in_use[step]
 
     def forget_after(self, step: int) -> None:
         """Remove those of later steps: the ranks go on from before them."""
         with self._lock:
             for newer in self._steps():
                 if newer > step:
-                    shutil.rmtree(self.directory / str(newer), ignore_errors=True)
+                    self._remove(newer)
 
     def restored(self, step: int) -> Path:
         """Return where one that is gathered from the registry belongs."""
@@ -135,7 +137,7 @@ class CheckpointStore:
             _force(Path(folder))
         if final.exists():
             # Written again after the ranks had to go back behind it; the one before it is still there.
-            shutil.rmtree(final)
+            self._remove(step)
         partial.rename(final)
         _force(self.directory)
         self._clean()
@@ -144,12 +146,24 @@ class CheckpointStore:
         """Remove what is older than the last ones, and what was begun and given up."""
         for old in self._steps()[:-KEPT]:
             if self._in_use[old] <= 0:
-                shutil.rmtree(self.directory / str(old), ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self._remove(old)
         if self.directory.is_dir():
             for path in self.directory.glob(f"*{PARTIAL}"):
                 step = path.name.removesuffix(PARTIAL)
                 if not step.isdigit() or int(step) not in self._begun:
                     shutil.rmtree(path, ignore_errors=True)
+
+    def _remove(self, step: int) -> None:
+        """Remove a complete one: its name first, as half of it must not lie there if this process is killed.
+
+        Raises:
+            OSError: It cannot be renamed, and is there as before.
+        """
+        gone = self.directory / f"{step}.gone{PARTIAL}"
+        shutil.rmtree(gone, ignore_errors=True)
+        (self.directory / str(step)).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _check_room(self) -> None:
         last = self.last()
@@ -182,6 +196,8 @@ def join(source: Path, target: Path, *, link: bool = False) -> None:
     for path in files_of(source):
         name = target / path
         name.parent.mkdir(parents=True, exist_ok=True)
+        # Another part may have a file of that name here: a link to what must not be written to.
+        name.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             if link:
                 os.link(source / path, name)
