@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from penstock.registry.v1 import artifact_pb2
+from penstock_kit.errors import Unavailable
+from penstock_worker.adapters.jobs import uploads
 from penstock_worker.adapters.jobs.checkpoints import CheckpointStore
 from penstock_worker.adapters.jobs.uploads import READY, UPLOADING, Part, Uploads, checkpoint_artifact
 from penstock_worker.domain.checkpoint import Writing
@@ -156,3 +158,27 @@ async def test_what_nobody_leads_is_given_up_with_the_task(
     assert not (nodes[1].store.directory / "1").exists()
     nodes[1].used = False
     await asyncio.gather(*nodes[1].tasks)
+
+
+async def test_a_part_that_the_first_waits_for_is_tried_again_though_newer_ones_wait(
+    registry: Registry, nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "FIRST_PAUSE_SECONDS", 0.01)
+    upload, tries = registry.upload_artifact, 0
+
+    async def away_once(announced: artifact_pb2.Artifact, artifact: str, directory: Path, *, key: str) -> Any:
+        nonlocal tries
+        if artifact == checkpoint_artifact("j", 1):
+            tries += 1
+            if tries == 1:
+                nodes[1].write(2)
+                raise Unavailable("The registry is away.")
+        return await upload(announced, artifact, directory, key=key)
+
+    monkeypatch.setattr(registry, "upload_artifact", away_once)
+    for node in nodes:
+        node.write(1)
+    await until(lambda: nodes[1].sent == [1])
+    nodes[0].write(2)
+    await asyncio.gather(*nodes[0].tasks, *nodes[1].tasks)
+    assert (nodes[0].sent, nodes[1].sent) == ([1, 2], [1, 2])

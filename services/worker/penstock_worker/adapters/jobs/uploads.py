@@ -129,8 +129,9 @@ class Uploads:
                 log.warning(
                     "a checkpoint is not in the registry yet", extra={"job": self._job, "why": str(error)}
                 )
-                if part is not None and not self._waiting and part.path.exists():
-                    self._waiting.append(part)
+                # Task 0 goes on with what is newer; the others owe it what it has announced.
+                if part is not None and (part.number or not self._waiting) and part.path.exists():
+                    self._waiting.insert(0, part)
                 elif part is not None:
                     self._store.release(part.step)
                 await asyncio.sleep(pause)
