@@ -20,6 +20,8 @@ FAILED = EndKind.FAILED
         (JobFailure("x", "DIVERGED", permanent=False), FAILED, "DIVERGED", False),
         (OSError(28, "No space left on device"), FAILED, "OUT_OF_DISK", False),
         (OSError(2, "No such file"), FAILED, "ERROR", False),
+        (OSError(9, "Bad file descriptor", 7), FAILED, "ERROR", False),
+        (OSError(28, "No space left on device", b"/tmp/bytes"), FAILED, "OUT_OF_DISK", False),
         (MemoryError(), FAILED, "OUT_OF_MEMORY", True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), FAILED, "OUT_OF_MEMORY", True),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), FAILED, "OUT_OF_MEMORY", True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,7 +32,7 @@ def full_disk(chain: Iterable[BaseException], directory: Path | None) -> str:
         if isinstance(error, PenstockError) and error.reason is Reason.STORAGE_FULL:
             return str(error)
         words = str(error)
-        path = Path(error.filename) if isinstance(error, OSError) and error.filename else directory
+        path = _named(error) or directory
         if isinstance(error, OSError) and error.errno == errno.EFBIG:
             return f"A file is larger than the node allows, {_where(path, directory)}."
         known = isinstance(error, OSError) and error.errno in FULL
@@ -42,6 +43,12 @@ def full_disk(chain: Iterable[BaseException], directory: Path | None) -> str:
                 "or write less; the last good checkpoint is kept."
             )
     return ""
+
+
+def _named(error: BaseException) -> Path | None:
+    """Return the file that an error names; some name a descriptor."""
+    name = error.filename if isinstance(error, OSError) else None
+    return Path(os.fsdecode(name)) if name and isinstance(name, (str, bytes, os.PathLike)) else None
 
 
 def _is_full(directory: Path | None) -> bool:
