@@ -102,7 +102,7 @@ def check_text(text: str, where: str) -> None:
     """Return if a text can be learnt from.
 
     Raises:
-        InvalidArgument: It is blank, or too long, or has a NUL.
+        InvalidArgument: It is blank, or too long, or has a NUL or half a character.
     """
     if not text.strip():
         raise InvalidArgument(f"{where}: the text is empty. Remove the row, and push again.")
@@ -110,6 +110,14 @@ def check_text(text: str, where: str) -> None:
         raise InvalidArgument(
             f"{where}: the text is longer than {MAX_TEXT_CHARACTERS:,} characters, or has a NUL in it."
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON can say one half of what UTF-16 writes in two.
+        raise InvalidArgument(
+            f"{where}: {text[error.start]!a} is no character but half of one. Correct the row, and push "
+            "again."
+        ) from error
 
 
 def finite_float32(

@@ -308,6 +308,7 @@ def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) ->
         ([{"text": "x", "label": "a"}, {"text": "y", "label": ["b"]}], "missing"),
         ([{"text": "x", "label": "a"}], "at least 2"),
         ([{"text": "a\x00b", "label": "a"}], "NUL"),
+        (['{"text": "cut \\ud83d"}'], r"'\ud83d' is no character but half of one"),
     ],
 )
 def test_wrong_lines_are_refused_with_their_number(tmp_path: Path, rows: list[Any], words: str) -> None:
