@@ -150,10 +150,14 @@ class TaskClerk:
                 await in_thread(self._room.store.forget_after, choice.writing.step)
                 return await self._begin_gathering(choice)
             case "gathered":
-                path = await in_thread(self._room.end_gathering, int(fields["step"]))
+                step = int(fields["step"])
+                path = await in_thread(self._room.end_gathering, step)
+                # Who asks again while others read it gets the same, and no new one in its place.
+                self._restored[generation] = step, path
                 return {"path": str(path)}
             case "start_anew":
                 await in_thread(self._room.store.forget_after, -1)
+                self._restored[generation] = None
                 return {}
             case "publish_version":
                 return await self._publish_version(fields)
