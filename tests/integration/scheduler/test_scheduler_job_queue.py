@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from penstock_kit.errors import DeadlineExceeded
 from penstock_kit.queue.keys import JOB_QUEUE
 from penstock_local.embedded import EmbeddedRedis
 from penstock_scheduler.adapters import job_queue
@@ -17,6 +18,7 @@ from penstock_scheduler.adapters.job_queue import RedisJobQueue
 from penstock_scheduler.adapters.redis import Redis
 from penstock_scheduler.app import Scheduler
 from penstock_scheduler.usecases import reconcile
+from support.waiting import eventually
 
 
 @pytest.fixture
@@ -84,6 +86,27 @@ async def test_callers_do_not_wait_for_a_redis_that_says_nothing(
     moment += job_queue.AWAY_SECONDS
     await queue.put("later")
     assert (await queue.take())[-1] == "later"
+
+
+async def test_callers_that_come_at_once_leave_one_connection_open(redis: Redis, redis_url: str) -> None:
+    shared = Redis(redis_url, "test-shared")
+    try:
+        await asyncio.gather(*(shared.ask(b"PING") for _ in range(20)))
+        assert await shared.ask(b"PING") == b"PONG"
+
+        async def one_is_left() -> bool:
+            clients: bytes = await redis.ask(b"CLIENT", b"LIST")
+            return clients.count(b"name=test-shared ") == 1
+
+        await eventually(one_is_left)
+    finally:
+        shared.close()
+
+
+async def test_whoever_asks_after_an_answer_that_did_not_come_asks_on_a_new_connection(redis: Redis) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await redis.ask(b"BLPOP", b"pk1:{jobs}:nothing", 0, timeout=0.05)
+    assert await redis.ask(b"PING") == b"PONG"
 
 
 async def test_without_redis_jobs_are_found_in_the_database(bench: Any, client: Any) -> None:

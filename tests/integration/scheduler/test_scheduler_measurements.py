@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from penstock.registry.v1 import version_pb2
 from penstock_scheduler.adapters.work import SqlWorks
-from penstock_scheduler.domain.version import VersionKey
+from penstock_scheduler.domain.version import Version, VersionKey
 
 
 def profile(rows_per_second: float) -> version_pb2.DeviceProfile:
@@ -82,3 +83,31 @@ async def test_a_registry_that_is_away_or_has_deleted_a_version_leaves_what_is_k
             return version.metrics == (("accuracy", 0.97),)
 
     await bench.eventually(known, "metrics that were recorded later are known, too")
+
+
+class Shared(dict[VersionKey, Version]):
+    """What sessions that read at the same time have in common."""
+
+    def __delitem__(self, key: VersionKey) -> None:
+        raise AssertionError(f"another session may be about to return {key}")
+
+
+async def test_a_version_that_was_renewed_is_replaced_in_memory_and_never_missing_from_it(
+    bench: Any, client: Any
+) -> None:
+    await client.create(replicas=1)
+    works = SqlWorks(bench.scheduler._engine)
+    works._versions = Shared()
+    key = VersionKey("digits", 1)
+    async with works() as work:
+        known = (await work.cluster.load()).versions[key]
+    async with works() as work:
+        await work.deployments.keep_versions([known])  # no news
+        renewed = version_pb2.Version.FromString(known.document)
+        renewed.profiles.append(profile(5000.0))
+        await work.deployments.keep_versions([replace(known, document=renewed.SerializeToString())])
+        await work.commit()
+    async with works() as work:
+        found = (await work.cluster.load()).versions[key]
+    assert (known.revision, found.revision) == (0, 1)
+    assert (known.profiles, found.profiles) == ((), (("EPYC", 5000.0),))

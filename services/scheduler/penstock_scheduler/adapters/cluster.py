@@ -111,13 +111,15 @@ class SqlCluster:
             VersionRow.model, VersionRow.number, VersionRow.measured_memory_bytes, VersionRow.revision
         ).where(or_(VersionRow.measured_memory_bytes.is_not(None), VersionRow.revision > 0))
         measured: dict[VersionKey, int] = {}
+        old: set[VersionKey] = set()
         for model, number, count, revision in await self._session.execute(changing):
             key = VersionKey(model, number)
             measured[key] = count or 0
             known = self._versions.get(key)
             if known is not None and known.revision != revision:
-                del self._versions[key]
-        missing = sorted(key for key in keys if key not in self._versions)
+                old.add(key)
+        # What is old is replaced, never taken out: another session may be about to return it.
+        missing = sorted(key for key in keys if key in old or key not in self._versions)
         if missing:
             query = select(VersionRow).where(tuple_(VersionRow.model, VersionRow.number).in_(missing))
             for row in await self._session.scalars(query):

@@ -6,7 +6,7 @@ from typing import Any
 
 import hiredis
 
-from penstock_kit.errors import Reason, Unavailable
+from penstock_kit.errors import DeadlineExceeded, Reason, Unavailable
 from penstock_kit.queue.address import Address
 from penstock_kit.queue.connection import COMMAND_SECONDS, CONNECT_SECONDS, Connection
 from penstock_kit.queue.resp import Argument
@@ -36,19 +36,29 @@ class Redis:
             Unavailable: Redis cannot be reached, or refuses.
             DeadlineExceeded: no answer in time.
         """
-        if self._connection is None or self._connection.closed:
-            self._connection = await Connection.connect(
-                self._address, self._name, timeout=min(timeout, CONNECT_SECONDS)
-            )
+        connection = await self._connected(min(timeout, CONNECT_SECONDS))
         try:
-            return await self._connection.command(*command, timeout=timeout)
+            return await connection.command(*command, timeout=timeout)
         except hiredis.ReplyError as error:
             raise Unavailable(
                 f"Redis refuses {self._name}: {error}", reason=Reason.DEPENDENCY_UNAVAILABLE
             ) from error
+        except DeadlineExceeded:
+            # Its machine may be gone without a word; the kernel finds that out after a quarter of an hour.
+            connection.close()
+            raise
 
     def close(self) -> None:
         """Closes the connection."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    async def _connected(self, timeout: float) -> Connection:
+        if self._connection is None or self._connection.closed:
+            fresh = await Connection.connect(self._address, self._name, timeout=timeout)
+            if self._connection is None or self._connection.closed:
+                self._connection = fresh
+            else:
+                fresh.close()  # another caller was faster
+        return self._connection
