@@ -25,12 +25,9 @@ class Away:
 
 @pytest.fixture
 def room(tmp_path: Path) -> JobRoom:
-    return JobRoom(
-        tmp_path / "j" / "0",
-        "j",
-        Away(),
-        None,
-    )  # type: ignore[arg-type]
+    away: Any = Away()
+    nobody: Any = None
+    return JobRoom(tmp_path / "j" / "0", "j", away, nobody)
 
 
 @pytest.fixture

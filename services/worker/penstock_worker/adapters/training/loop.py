@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from penstock_kit.errors import PenstockError
 from penstock_kit.jobs.train import Plan
 from penstock_kit.jobs.training import METRICS, OPTIMIZERS
 from penstock_worker.adapters.training.rows import Rows
@@ -275,12 +276,17 @@ class Loop:
         # One that is being written is of weights that were good: it is kept, too.
         with contextlib.suppress(JobFailure, TimeoutError):
             self._strategy.settle()
-        kept = self._context.last_checkpoint()
-        where = (
-            "there is no checkpoint before"
-            if kept is None
-            else f"the last good checkpoint is of step {kept[0]}"
-        )
+        try:
+            kept = self._context.last_checkpoint()
+        except PenstockError as error:
+            # Parts of it are elsewhere. It diverged all the same.
+            where = f"which checkpoint is the last cannot be said: {str(error).rstrip('.')}"
+        else:
+            where = (
+                "there is no checkpoint before"
+                if kept is None
+                else f"the last good checkpoint is of step {kept[0]}"
+            )
         words = f"{loss:g}, after {first:g} at the beginning" if first is not None else f"{loss:g}"
         raise JobFailure(
             f"{what} is {words}: the training diverged in epoch {at.epoch + 1}, by step {at.step}; {where}. "
