@@ -507,7 +507,7 @@ class TaskSpec(_message.Message):
     """Optional. Events of this task up to this number are stored."""
     @_builtins.property
     def job(self) -> Global___Job:
-        """Required. The job, without what is output only but created_by."""
+        """Required. The job, without what is output only but created_by and create_time."""
 
     @_builtins.property
     def resources(self) -> _resources_pb2.Resources:

@@ -165,12 +165,14 @@ def event_to_message(event: JobEvent) -> job_pb2.JobEvent:
 def task_spec(desired: DesiredTask) -> job_pb2.TaskSpec:
     """What an agent is told of a task."""
     task = desired.task
+    job = job_pb2.Job.FromString(desired.job.work)
+    job.create_time.FromDatetime(desired.job.create_time)
     return job_pb2.TaskSpec(
         name=names.task_name(task.job, task.number),
         attempt=task.attempt,
         index=task.index,
         tasks=desired.tasks,
-        job=job_pb2.Job.FromString(desired.job.work),
+        job=job,
         resources=resources_to_message(task.resources),
         devices=task.devices,
         rendezvous=desired.rendezvous,

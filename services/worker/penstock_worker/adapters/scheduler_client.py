@@ -190,6 +190,8 @@ def _desired_task(spec: job_pb2.TaskSpec) -> DesiredTask:
     kind = spec.job.WhichOneof("work") or ""
     script = spec.job.train.script
     tasks = max(1, spec.tasks)
+    made = spec.job.create_time.ToNanoseconds()
+    spec.job.ClearField("create_time")
     return DesiredTask(
         name=spec.name,
         job=job,
@@ -210,4 +212,5 @@ def _desired_task(spec: job_pb2.TaskSpec) -> DesiredTask:
         rendezvous=spec.rendezvous,
         stopping=spec.stopping,
         stored_event=spec.stored_event,
+        made=made,
     )

@@ -74,6 +74,9 @@ class DesiredTask:
     """host:port of the store where the ranks meet, once known."""
     stopping: bool = False
     stored_event: int = 0
+    made: int = 0
+    """When the job was made, in nanoseconds of Unix time; 0 if the scheduler does not say. It tells a job
+    from one of the same name that was deleted."""
 
     @property
     def distributed(self) -> bool:

@@ -230,7 +230,7 @@ class TaskHost:
             FailedPrecondition: This node does not run such work.
             Unavailable: The disk cannot be used.
         """
-        room = await self.rooms.enter(desired.job, desired.index)
+        room = await self.rooms.enter(desired.job, desired.index, desired.made)
         resumed = await in_thread(_launcher_log(room.directory, desired).exists)
         path = room.directory / "events" / f"{desired.number}{SPOOL_SUFFIX}"
         spool = await in_thread(EventSpool, path, desired.name, desired.stored_event)

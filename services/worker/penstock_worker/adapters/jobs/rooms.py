@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -21,6 +22,8 @@ from penstock_worker.domain.checkpoint import Choice, Writing
 
 KEPT_ROOMS = 8
 """Directories of jobs that have ended here: the last ones stay, as a job may come back for its checkpoint."""
+_MADE = "made"
+"""File in the directory of a job that tells it from an earlier one of its name."""
 
 
 class JobRoom:
@@ -130,13 +133,23 @@ class JobRooms:
         self._registry = registry
         self._spawn = spawn
         self._rooms: dict[tuple[str, int], JobRoom] = {}
+        self._renewing = asyncio.Lock()
 
-    async def enter(self, job: str, index: int) -> JobRoom:
+    async def enter(self, job: str, index: int, made: int = 0) -> JobRoom:
         """Provide the room of a job's tasks of one number, until `leave`.
+
+        Args:
+            job: Its id.
+            index: The number in the attempt.
+            made: When the job was made; what an earlier one of its name has left here is removed. 0 if nobody
+                knows.
 
         Raises:
             Unavailable: The disk cannot be written to.
         """
+        if made:
+            async with self._renewing:
+                await self._renew(job, made)
         room = self._rooms.get((job, index))
         if room is None:
             directory = self.directory / job / str(index)
@@ -151,6 +164,20 @@ class JobRooms:
                 "PENSTOCK_DATA_DIR to another directory."
             ) from error
         return room
+
+    async def _renew(self, job: str, made: int) -> None:
+        """Remove what a deleted job of the same name has left: its checkpoints are none of this one's."""
+        own = {key: room for key, room in self._rooms.items() if key[0] == job}
+        if any(room.users for room in own.values()):
+            return  # tasks of this one are here already
+        directory = self.directory / job
+        if await in_thread(_is_of_another, directory, made):
+            for key in own:
+                del self._rooms[key]
+            await in_thread(shutil.rmtree, directory, ignore_errors=True)
+        # Without a directory that can be written to, the room cannot be entered either, and says why.
+        with contextlib.suppress(OSError):
+            await in_thread(_sign, directory, made)
 
     def leave(self, room: JobRoom) -> None:
         """A task of the job has ended here."""
@@ -176,3 +203,19 @@ class JobRooms:
         for _, path in idle:
             for left in path.glob(f"*/{DECODED}"):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_of_another(directory: Path, made: int) -> bool:
+    """Tell whether a job's directory says that it is of another; one of an earlier release says nothing."""
+    try:
+        return (directory / _MADE).read_text() != str(made)
+    except OSError:
+        return False
+
+
+def _sign(directory: Path, made: int) -> None:
+    """In one step: half a word would be that of another."""
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f"{_MADE}.partial"
+    partial.write_text(str(made))
+    partial.replace(directory / _MADE)
