@@ -24,7 +24,7 @@ from penstock.datasets.contents import (
     check_task,
     finite_float32,
 )
-from penstock.datasets.flat import Growing, write_all
+from penstock.datasets.flat import Growing, no_room, write_all
 from penstock.datasets.labels import encode
 from penstock.errors import InvalidArgument
 
@@ -182,7 +182,12 @@ def _turned(
 ) -> Iterator[np.memmap[Any, np.dtype[Any]]]:
     """Lay out an array whose rows do not lie together, so that they can be had one by one."""
     folder = options.layout or options.scratch or Path(tempfile.gettempdir())
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as flat:
+    try:
+        made = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - below
+    except OSError as error:
+        # Not the archive's fault, as other errors of reading it are.
+        raise no_room(error, folder, size, size) from error
+    with made as flat:
         left = size
         while left:
             block = _exactly(file, min(left, _BLOCK_BYTES))
