@@ -145,5 +145,5 @@ def test_a_disk_without_room_is_said_with_its_numbers(tmp_path: Path) -> None:
 
 def test_an_archive_is_not_to_blame_for_a_disk_that_takes_no_file(tmp_path: Path) -> None:
     npz(tmp_path)
-    with pytest.raises(ResourceExhausted, match="in .*gone"):
+    with pytest.raises(ResourceExhausted, match=r"in .*gone"):
         read(tmp_path / "d.npz", "", ReadOptions(scratch=tmp_path / "gone"))
