@@ -371,3 +371,17 @@ def test_a_whole_job_of_which_tasks_have_ended_goes_on_while_the_first_publishes
         world.step()
     assert (world.job().state, world.job().attempt) == (JobState.RUNNING, 1)
     assert len(world.tasks()) == 1
+
+
+def test_a_job_counts_those_of_another_project_only_until_its_own_project_has_the_least() -> None:
+    world = JobWorld(node("n1", 0.5))
+    world.submit("first", project="research")
+    world.until(JobState.RUNNING, "first")
+    for name, project in (("one", "shop"), ("own", "research"), ("two", "shop"), ("three", "shop")):
+        world.step()
+        world.submit(name, project=project)
+    world.step()
+    said = {name: world.job(name).message.partition(" first")[0] for name in ("one", "own", "two", "three")}
+    assert said["own"] == "1 job comes"
+    assert (said["two"], said["three"]) == ("2 jobs come", "3 jobs come")
+    assert not world.step(), "the next plan finds the same words"

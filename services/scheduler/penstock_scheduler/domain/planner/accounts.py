@@ -134,10 +134,10 @@ class Accounts:
         account = self._of(project)
         account.reserved = account.reserved.plus(what)
 
-    def share(self, project: str) -> float:
-        """The dominant share of a project over its weight (Ghodsi et al., DRF, 2011)."""
+    def share(self, project: str, more: Holding = NOTHING) -> float:
+        """The dominant share of a project over its weight (Ghodsi et al., DRF, 2011), if it held more."""
         account = self._of(project)
-        return account.held.share_of(self.total) / account.project.weight
+        return account.held.plus(more).share_of(self.total) / account.project.weight
 
     # -- what may be held -------------------------------------------------------------------------
 

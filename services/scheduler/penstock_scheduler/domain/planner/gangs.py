@@ -8,8 +8,10 @@ for what runs already and for nothing else. Likewise the first of each project w
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -32,7 +34,8 @@ MADE_ROOM = "It made room: "
 """How the message of a job begins that gave its place to a replica; kept while it waits for another."""
 _AND_WAITS = " It waits: "
 MOST_COUNTED = 100
-"""The place in the queue of so many jobs is said."""
+"""The place in the queue of so many jobs is said: each start changes what all of them say."""
+_FAR_BEHIND = f"More than {MOST_COUNTED} jobs come first. "
 _MANY = 2**20
 """More tasks than any job has; few enough that those of all nodes can be added up."""
 
@@ -148,13 +151,30 @@ class _Seats:
 
     def seating(self) -> Seating:
         """The result; reasons are found once all have their places, so that the next plan finds the same."""
-        left = (job for job, _ in self._left)
-        turn = in_turn(left, lambda job: job.project, _order, self._accounts.share)
-        before = {job.id: _before(count) for count, job in enumerate(turn)}
+        before = self._before()
         return Seating(
             self._places,
-            {job.id: _told(job, before[job.id] + self._why(job, quota)) for job, quota in self._left},
+            {
+                job.id: _told(job, before.get(job.id, _FAR_BEHIND) + self._why(job, quota))
+                for job, quota in self._left
+            },
         )
+
+    def _before(self) -> dict[str, str]:
+        """How many come before each of the next jobs, if each got its place in turn and none ended."""
+        promised: dict[str, Holding] = defaultdict(lambda: NOTHING)
+        turn = in_turn(
+            (job for job, _ in self._left),
+            lambda job: job.project,
+            _order,
+            lambda project: self._accounts.share(project, promised[project]),
+        )
+        before = {}
+        for count, job in enumerate(islice(turn, MOST_COUNTED + 1)):
+            before[job.id] = _before(count)
+            asks = self._accounts.least_charge(job.gang.resources).times(job.fewest)
+            promised[job.project] = promised[job.project].plus(asks)
+        return before
 
     def _why(self, job: Job, quota: bool) -> str:
         if quota:
@@ -298,9 +318,6 @@ def _fill(usages: Sequence[Usage], need: Need, most: int) -> list[tuple[str, ...
 
 
 def _before(count: int) -> str:
-    """Its place in the queue. Far behind it is not counted: each start would change what all of them say."""
-    if count > MOST_COUNTED:
-        return f"More than {MOST_COUNTED} jobs come first. "
     return "" if not count else f"{count} {'job comes' if count == 1 else 'jobs come'} first. "
 
 
