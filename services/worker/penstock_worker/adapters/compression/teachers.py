@@ -100,10 +100,14 @@ class VersionTeacher:
         return scores
 
     def _logits(self, given: torch.Tensor) -> torch.Tensor:
-        """Return logits also where a version gives probabilities: their logarithms are such."""
-        if self._questions.classes and given.min() >= 0 and bool((given.sum(-1) - 1).abs().max() < _SLACK):
-            return given.clamp_min(_LEAST).log()
-        return given
+        """Return logits of the dataset's classes; of a version that gives probabilities, their logarithms."""
+        classes = len(self._questions.classes)
+        if not classes:
+            return given
+        if given.min() >= 0 and bool((given.sum(-1) - 1).abs().max() < _SLACK):
+            given = given.clamp_min(_LEAST).log()
+        # Behind the dataset's classes are those that only the version has: a student has none of them.
+        return given[..., :classes]
 
 
 class Hidden:
