@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from penstock_kit.errors import NotFound, PenstockError
+from penstock_kit.errors import DeadlineExceeded, NotFound, PenstockError, Unavailable
 from penstock_scheduler.usecases.jobs import Jobs
 from penstock_scheduler.usecases.ports import Works
 
@@ -65,7 +65,9 @@ class JobRetention:
         """Lets go of one batch; whether there may be more.
 
         Raises:
-            Unavailable: the registry or the database cannot be reached.
+            Unavailable: the registry or the database cannot be reached. A job that cannot be let go of for
+                another reason stays, and the others go.
+            DeadlineExceeded: the registry does not answer.
         """
         more = False
         if self._retention.jobs is not None:
@@ -84,10 +86,18 @@ class JobRetention:
         return more
 
     async def _each(self, old: Sequence[str], let_go: Callable[[str], Awaitable[None]], how: str) -> bool:
+        done = 0
         for job_id in old:
             try:
                 await let_go(job_id)
             except NotFound:
-                continue  # somebody deleted it meanwhile
-            log.info("job %s, which ended long ago, is %s", job_id, how)
-        return len(old) == BATCH
+                pass  # somebody deleted it meanwhile
+            except (Unavailable, DeadlineExceeded):
+                raise
+            except PenstockError as error:
+                log.warning("job %s, which ended long ago, is kept for now: %s", job_id, error)
+                continue
+            else:
+                log.info("job %s, which ended long ago, is %s", job_id, how)
+            done += 1
+        return done > 0 and len(old) == BATCH
