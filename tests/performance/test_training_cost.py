@@ -26,12 +26,12 @@ from support.training import context_for, example
 
 pytestmark = [pytest.mark.performance, pytest.mark.timeout(300)]
 
-TURNS = {"cnn": 15, "bag": 7, "gpt": 3}
-# 1.05 is what is promised. Beside a fused loop the smallest models are not there: 15 µs of a step of 280.
-LIMITS = {False: 1.05, True: 1.08}
+TURNS = {"cnn": 15, "bag": 7, "gpt": 9}
+LIMIT = 1.05
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "linear": ("sklearn:digits", {"architecture": "linear"}, 6),
-    "mlp": ("sklearn:digits", {"architecture": "mlp"}, 6),
+    # An epoch of these takes 12 ms: of few epochs the beginning and the end of a training would be felt.
+    "linear": ("sklearn:digits", {"architecture": "linear"}, 30),
+    "mlp": ("sklearn:digits", {"architecture": "mlp"}, 30),
     "cnn": ("sklearn:digits", {"architecture": "cnn"}, 1),
     "bag": ("corpus:python-functions", {"architecture": "bag"}, 1),
     "gpt": (
@@ -113,7 +113,7 @@ def test_an_epoch_of_a_recipe_takes_no_longer_than_by_hand(case: str, fused: boo
     prepared = prepare(open_dataset(dataset), plan, seed=0, device=torch.device("cpu"))
     tokens = prepared.blueprint.task == "language_model"
     hand, ours = [], []
-    for turn in range(TURNS.get(case, 30)):
+    for turn in range(TURNS.get(case, 12)):
         for by_hand in (True, False) if turn % 2 else (False, True):
             if by_hand:
                 hand.append(_by_hand(prepared, epochs, tokens, fused=fused))
@@ -124,4 +124,4 @@ def test_an_epoch_of_a_recipe_takes_no_longer_than_by_hand(case: str, fused: boo
     theirs, own = (1e6 * min(times) / steps for times in (hand, ours))
     ratio = own / theirs
     print(f"\n{case}: by hand {theirs:.0f} µs a step, recipe {own:.0f} µs, ratio {ratio:.3f}")
-    assert ratio <= LIMITS[fused]
+    assert ratio <= LIMIT
