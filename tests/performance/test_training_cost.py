@@ -29,11 +29,11 @@ pytestmark = [pytest.mark.performance, pytest.mark.timeout(300)]
 TURNS = {"cnn": 15, "bag": 7, "gpt": 9}
 LIMIT = 1.05
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
-    # An epoch of these takes 12 ms: of few epochs the beginning and the end of a training would be felt.
+    # The fewer steps, the more the beginning and the end of a training would be felt beside its epochs.
     "linear": ("sklearn:digits", {"architecture": "linear"}, 30),
     "mlp": ("sklearn:digits", {"architecture": "mlp"}, 30),
-    "cnn": ("sklearn:digits", {"architecture": "cnn"}, 1),
-    "bag": ("corpus:python-functions", {"architecture": "bag"}, 1),
+    "cnn": ("sklearn:digits", {"architecture": "cnn"}, 4),
+    "bag": ("corpus:python-functions", {"architecture": "bag"}, 5),
     "gpt": (
         "corpus:python-topics",
         {"architecture": "gpt", "parameters": {"width": 32, "layers": 1, "length": 64, "vocabulary": 512}},
