@@ -148,6 +148,45 @@ def test_a_training_over_nodes_stands_still_for_nobody_who_is_killed(
             assert gone_on >= last
 
 
+def lose_for_a_while(mesh: Mesh, client: penstock.Client, node: str, job: str) -> None:
+    """Kill an agent as often as it is started again, until its job could start elsewhere."""
+
+    def lost() -> bool:
+        with contextlib.suppress(AssertionError, ProcessLookupError):  # it does not run at this moment
+            mesh.kill(node.removeprefix("nodes/"))
+        return "its newest checkpoint" in found(client, job).message
+
+    mesh.wait(lost, f"{node} is waited for")
+
+
+@pytest.mark.parametrize(("nodes", "least"), [(NODES, 1), (1, 0)], ids=["may go smaller", "fits elsewhere"])
+def test_a_training_that_could_go_on_without_a_node_waits_for_its_agent(
+    mesh: Mesh, chaos_seed: int, nodes: int, least: int
+) -> None:
+    """The newest checkpoint may be on that node's disk alone."""
+    draw = random.Random(chaos_seed)
+    with penstock.Client(mesh.address) as client:
+        job = training(client, nodes=nodes, least=least)
+        job, _ = until_it_goes_on(mesh, client, job.name)
+        homes = sorted(task.node for task in job.tasks)
+        kills = 0
+        while kills < 3:
+            known = len(checkpoints(client, job.name))
+            mesh.wait(lambda: len(checkpoints(client, job.name)) > known, "another checkpoint")  # noqa: B023
+            time.sleep(draw.uniform(0.0, INTERVAL_SECONDS))
+            lose_for_a_while(mesh, client, draw.choice(homes), job.name)
+            kills += 1
+            job, waited = until_it_goes_on(mesh, client, job.name)
+            print(f"went on after {waited:.1f} s: attempt {job.attempt}, {job.progress.done} steps")
+            assert job.state in ENDED or sorted(task.node for task in job.tasks) == homes, job
+        job = client.watch_job(job.name, timeout=240)
+        assert job.state == job_pb2.JOB_STATE_SUCCEEDED, f"{job.failure_reason}: {job.message}\n{mesh.logs()}"
+        went_back = repeated(client.list_job_events(job.name))
+        assert went_back, "no kill cost it a step"
+        for last, gone_on in went_back:
+            assert gone_on >= last
+
+
 @contextlib.contextmanager
 def another_agent(mesh: Mesh, name: str) -> Iterator[subprocess.Popen[bytes]]:
     """An agent that nobody starts again when it was killed."""

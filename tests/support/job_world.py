@@ -59,9 +59,11 @@ class JobWorld:
         self.snapshot = Snapshot(now=self.now, seed="0")
         self.ended: dict[str, Job] = {}
 
-    def submit(self, name: str = "fit", *, tasks: int = 1, least: int = 0, **fields: Any) -> None:
+    def submit(
+        self, name: str = "fit", *, tasks: int = 1, least: int = 0, keeps: bool = False, **fields: Any
+    ) -> None:
         """Queues a job."""
-        gang = Gang(tasks, least or tasks, fields.pop("resources", RANK))
+        gang = Gang(tasks, least or tasks, fields.pop("resources", RANK), keeps=keeps)
         job = Job(name, create_time=self.now, update_time=self.now, gang=gang, **fields)
         self.snapshot = replace(self.snapshot, jobs={**self.snapshot.jobs, name: job})
 

@@ -39,7 +39,7 @@ from penstock_scheduler.api.projects import ProjectServicer
 from penstock_scheduler.api.routing import RoutingServicer
 from penstock_scheduler.api.scheduler import SchedulerServicer
 from penstock_scheduler.domain.joining import Doorkeeper
-from penstock_scheduler.domain.planner import Policy
+from penstock_scheduler.domain.planner import JobPolicy, Policy
 from penstock_scheduler.domain.resources import Defaults
 from penstock_scheduler.settings import SchedulerSettings
 from penstock_scheduler.usecases.aliases import AliasFollower
@@ -90,6 +90,7 @@ class Scheduler:
             node_lease_seconds=settings.node_lease_seconds,
             node_silence_seconds=settings.node_silence_seconds,
             defaults=defaults,
+            jobs=JobPolicy(return_seconds=settings.node_return_seconds),
         )
         # A name of this process only: by it the others see, and end, all that a stopped leader holds.
         self._engine: AsyncEngine = open_engine(

@@ -35,6 +35,11 @@ class SchedulerSettings(ServiceSettings):
         gt=0,
         description="A node whose agent is connected but silent is given up after this long",
     )
+    node_return_seconds: float = Field(
+        15.0,
+        ge=0,
+        description="A job waits so long for a node with its newest checkpoint, then goes on elsewhere",
+    )
     scheduler_default_cpu_millis: int = Field(
         # A replica that waits costs next to nothing: 40 fit a machine of 2 cores.
         50,

@@ -33,6 +33,12 @@ def test_a_rank_holds_half_a_core_and_512_mib_and_a_task_as_often_as_it_has_rank
     assert (gpus.resources.gpus, gpus.resources.gpu_memory_bytes) == (2, 5)
 
 
+def test_long_work_keeps_checkpoints_where_it_runs() -> None:
+    train = job_work_pb2.TrainWork(dataset="digits", model="digits")
+    assert asked(profile=None, train=train).job.gang.keeps
+    assert not asked().job.gang.keeps
+
+
 @pytest.mark.parametrize(
     ("said", "meant"), [(0, 3), (-1, 0), (7, 7)], ids=["nothing", "never", "a number of times"]
 )

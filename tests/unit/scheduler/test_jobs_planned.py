@@ -385,3 +385,88 @@ def test_a_job_counts_those_of_another_project_only_until_its_own_project_has_th
     assert said["own"] == "1 job comes"
     assert (said["two"], said["three"]) == ("2 jobs come", "3 jobs come")
     assert not world.step(), "the next plan finds the same words"
+
+
+class TestReturns:
+    """A job whose newest checkpoint is on the disk of a node that was lost."""
+
+    @staticmethod
+    def lost_half_way(*, least: int = 1, keeps: bool = True) -> tuple[JobWorld, str]:
+        """A job of two tasks that has lost a node, and could go on without it."""
+        world = JobWorld(node("n1", 0.5), node("n2", 0.5))
+        world.submit(tasks=2, least=least, keeps=keeps)
+        world.until(JobState.RUNNING)
+        gone = world.tasks()[1].node
+        world.lose(gone)
+        for _ in range(9):  # it is LOST after 7 s of silence
+            world.step()
+        return world, gone
+
+    def test_it_waits_for_the_agent_to_come_back_and_goes_on_there(self) -> None:
+        world, gone = self.lost_half_way()
+        began = world.silent[gone]
+        queued = world.job()
+        assert queued.state is JobState.QUEUED
+        assert queued.message == (
+            f"nodes/{gone} has its newest checkpoint, and is waited for until "
+            f"{began + timedelta(seconds=15):%H:%M:%S} UTC."
+        )
+        assert not world.step(), "what it says must not change with every pass"
+        world.find(gone)
+        job = world.until(JobState.RUNNING, passes=3)
+        assert (job.attempt, job.restarts, job.losses) == (2, 0, 1)
+        assert sorted(task.node for task in world.tasks()) == ["n1", "n2"]
+
+    def test_it_goes_on_without_a_node_that_does_not_come_back(self) -> None:
+        world, gone = self.lost_half_way()
+        began = world.silent[gone]
+        world.until(JobState.RUNNING, passes=30)
+        assert [task.node for task in world.tasks()] == [{"n1": "n2", "n2": "n1"}[gone]]
+        assert timedelta(seconds=15) <= world.now - began <= timedelta(seconds=18)
+
+    def test_it_does_not_take_the_place_of_another_node_meanwhile(self) -> None:
+        world = JobWorld(node("n1", 0.5), node("n2", 0.5))
+        world.submit(keeps=True)
+        world.until(JobState.RUNNING)
+        (home,) = [task.node for task in world.tasks()]
+        world.lose(home)
+        for _ in range(9):
+            world.step()
+        assert world.job().state is JobState.QUEUED
+        world.find(home)
+        world.until(JobState.RUNNING, passes=3)
+        assert [task.node for task in world.tasks()] == [home]
+
+    def test_its_place_is_kept_while_it_waits(self) -> None:
+        world, gone = self.lost_half_way()
+        world.step()
+        world.submit("next")
+        world.step()
+        assert world.job("next").state is JobState.QUEUED
+        assert "The room that is free is kept for jobs/fit" in world.job("next").message
+        world.find(gone)
+        world.until(JobState.RUNNING, passes=3)
+
+    def test_nobody_waits_for_a_node_that_is_drained(self) -> None:
+        world, gone = self.lost_half_way()
+        drained = replace(world.snapshot.nodes[gone], cordoned=True, draining=True)
+        world.snapshot = replace(world.snapshot, nodes={**world.snapshot.nodes, gone: drained})
+        world.until(JobState.RUNNING, passes=3)
+
+    def test_work_without_checkpoints_starts_again_at_once(self) -> None:
+        world, _ = self.lost_half_way(keeps=False)
+        assert world.job().attempt == 2
+
+    def test_after_a_failure_it_goes_on_where_it_was_though_others_are_fuller(self) -> None:
+        world = JobWorld(node("n1"), node("n2"), node("n3"))
+        world.submit(keeps=True)
+        world.until(JobState.RUNNING)
+        (home,) = [task.node for task in world.tasks()]
+        for number in range(5):
+            world.submit(f"other{number}")
+        world.step()
+        world.say("fit/tasks/0", TaskState.FAILED, message="Segmentation fault.", failure_reason="SIGNAL")
+        for _ in range(4):
+            world.step()
+        assert world.job().attempt == 2
+        assert [task.node for task in world.tasks()] == [home]

@@ -240,6 +240,7 @@ class JobRow(Base):
     losses: Mapped[Int]
     tasks_made: Mapped[Int]
     not_before: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    homes: Mapped[Any] = mapped_column(JSONB, server_default="[]")
     start_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
     placed_time: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
     ran_seconds: Mapped[float]

@@ -44,6 +44,8 @@ MAX_RESULTS = 1000
 MAX_REPORT_BYTES = 2 * 1024 * 1024
 MAX_WORDS = 4096
 MAX_COUNT = 2**53
+_KEEP_CHECKPOINTS = ("train", "compress", "batch_predict")
+"""Work that is long, and goes on from checkpoints."""
 
 _OUTPUT_ONLY: tuple[Any, ...] = (
     "state",
@@ -238,8 +240,11 @@ def _gang(message: job_pb2.Job) -> Gang:
             tuple(Toleration(each.key, each.value) for each in message.tolerations),
         )
     )
-    script = message.WhichOneof("work") == "train" and message.train.WhichOneof("way") == "script"
-    return Gang(tasks, least, _times(rank, ranks), constraints, "script" if script else "")
+    work = message.WhichOneof("work")
+    script = work == "train" and message.train.WhichOneof("way") == "script"
+    return Gang(
+        tasks, least, _times(rank, ranks), constraints, "script" if script else "", work in _KEEP_CHECKPOINTS
+    )
 
 
 def _times(rank: Resources, ranks: int) -> Resources:

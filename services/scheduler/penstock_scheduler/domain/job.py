@@ -113,6 +113,7 @@ class Gang:
         resources: what one task holds, all its ranks together.
         constraints: the nodes that they may run on.
         runtime: what a node must be able to run; empty for what every node can.
+        keeps: its tasks write checkpoints, the newest of which are only on the disks of their nodes.
     """
 
     tasks: int = 1
@@ -120,6 +121,7 @@ class Gang:
     resources: Resources = RANK
     constraints: Constraints = NO_CONSTRAINTS
     runtime: str = ""
+    keeps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,7 @@ class Job:
         losses: of these, those after nodes or agents were lost.
         tasks_made: tasks over all attempts; the next one's number.
         not_before: it waits for its turn after a failure until then.
+        homes: nodes whose disks have its newest checkpoint, sorted: those of the attempt that ended last.
         start_time: when it was first placed.
         placed_time: when the present attempt was placed.
         ran: how long earlier attempts ran together.
@@ -256,6 +259,7 @@ class Job:
     losses: int = 0
     tasks_made: int = 0
     not_before: datetime | None = None
+    homes: tuple[str, ...] = ()
     start_time: datetime | None = None
     placed_time: datetime | None = None
     ran: timedelta = timedelta()

@@ -4,7 +4,8 @@
 best, `plan` what should change.
 """
 
+from penstock_scheduler.domain.planner.jobs import JobPolicy
 from penstock_scheduler.domain.planner.plan import Plan, Policy, plan
 from penstock_scheduler.domain.planner.snapshot import Snapshot
 
-__all__ = ["Plan", "Policy", "Snapshot", "plan"]
+__all__ = ["JobPolicy", "Plan", "Policy", "Snapshot", "plan"]

@@ -9,7 +9,7 @@ for what runs already and for nothing else. Likewise the first of each project w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -83,7 +83,9 @@ def room_for(usages: Iterable[Usage], need: Need, most: int) -> int:
     return found
 
 
-def place(fleet: Fleet, waiting: Sequence[Job], accounts: Accounts, future: Future) -> Seating:
+def place(
+    fleet: Fleet, waiting: Sequence[Job], accounts: Accounts, future: Future, awaited: Mapping[str, str]
+) -> Seating:
     """Finds places for jobs that wait, each gang whole or not at all.
 
     Args:
@@ -91,8 +93,9 @@ def place(fleet: Fleet, waiting: Sequence[Job], accounts: Accounts, future: Futu
         waiting: jobs that are QUEUED and whose turn has come.
         accounts: what projects hold; places are counted there.
         future: what is promised to replicas; places are counted there, too.
+        awaited: by job that waits for a node to come back, why; its turn stays its own meanwhile.
     """
-    seats = _Seats(fleet, accounts, future)
+    seats = _Seats(fleet, accounts, future, awaited)
     for job in in_turn(waiting, lambda job: job.project, _order, accounts.share):
         seats.try_to_seat(job)
     return seats.seating()
@@ -105,10 +108,11 @@ def _order(job: Job) -> tuple[object, ...]:
 class _Seats:
     """The work of `place`."""
 
-    def __init__(self, fleet: Fleet, accounts: Accounts, future: Future) -> None:
+    def __init__(self, fleet: Fleet, accounts: Accounts, future: Future, awaited: Mapping[str, str]) -> None:
         self._fleet = fleet
         self._accounts = accounts
         self._future = future
+        self._awaited = awaited
         self._kept: _Kept | None = None
         self._places: dict[str, tuple[Placement, ...]] = {}
         self._left: list[tuple[Job, bool]] = []
@@ -126,7 +130,7 @@ class _Seats:
                 self._quota_kept.add(job.project)
                 self._accounts.reserve(job.project, asks)
             return
-        seats = self._seats(need, most, job.fewest)
+        seats = [] if job.id in self._awaited else self._seats(need, most, job.fewest, job.homes)
         if len(seats) < job.fewest:
             self._left.append((job, False))
             if self._kept is None:
@@ -186,6 +190,8 @@ class _Seats:
                 return self._accounts.why_not(job.project, asks)
         if not self._fleet.usages:
             return "No node is attached; start a worker."
+        if job.id in self._awaited:
+            return self._awaited[job.id]
         need = need_of(job.gang)
         usages = (self._fleet.usages[row] for row in self._fleet.rows(need))
         count = room_for(usages, need, job.fewest)
@@ -225,14 +231,22 @@ class _Seats:
                 slots[row] = len(_fill([self._fleet.usages[row], *self._limits(node)], need, most))
         return slots
 
-    def _seats(self, need: Need, most: int, fewest: int) -> list[Placement]:
+    def _seats(self, need: Need, most: int, fewest: int, homes: Collection[str] = ()) -> list[Placement]:
         """Places for `most` tasks, or for as many as there are; fewer than `fewest` are of no use.
 
-        On as few nodes as can be; tasks that need no GPU stay away from nodes that have some, if they can.
+        Where the job ran before, as far as there is room. Else on as few nodes as can be; tasks that need no
+        GPU stay away from nodes that have some, if they can.
         """
         slots = self._slots(need, most)
         if int(slots.sum()) < fewest:
             return []
+        known = [row for home in homes if (row := self._fleet.row_of.get(home)) is not None]
+        at_home = np.zeros_like(slots)
+        at_home[known] = slots[known]
+        found = self._pack(need, most, at_home)
+        return found + self._best(need, most - len(found), slots - at_home)
+
+    def _best(self, need: Need, most: int, slots: Numbers) -> list[Placement]:
         if not need.resources.gpus:
             plain = np.where(self._fleet.gpu_count == 0, slots, 0)
             if int(plain.sum()) >= most:

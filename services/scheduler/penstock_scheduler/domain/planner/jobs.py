@@ -46,6 +46,8 @@ class JobPolicy:
         checkpoint_seconds: a task that makes room ends within so long, or it is ended.
         grow_seconds: a job that goes on with fewer tasks than it asked for runs for so long before it starts
             again with more, for which there is room by then.
+        return_seconds: a job waits for so long for a node that was lost with its newest checkpoint, before
+            it goes on elsewhere, or with fewer tasks. Longer than an agent takes to be started again.
         events_seconds: the events of a task that has ended are waited for so long; agents send what was lost
             again after 10 s.
     """
@@ -53,6 +55,7 @@ class JobPolicy:
     start_seconds: float = 30.0
     checkpoint_seconds: float = 60.0
     grow_seconds: float = 180.0
+    return_seconds: float = 15.0
     events_seconds: float = 15.0
 
 
@@ -110,6 +113,19 @@ class JobDraft:
     def waiting(self) -> list[Job]:
         """The jobs that wait for a place and whose turn has come."""
         return [job for job in self.jobs.values() if not job.cancelling and job.waits(self._now)]
+
+    def awaited(self, job: Job, nodes: Mapping[str, Node]) -> str:
+        """Why a job waits for a node to come back; empty if it waits for none."""
+        for name in job.homes:
+            node = nodes.get(name)
+            if node is None or node.state is not NodeState.LOST or node.draining:
+                continue
+            until = (node.last_seen_time or job.update_time) + timedelta(seconds=self._policy.return_seconds)
+            if self._now < until:
+                return (
+                    f"nodes/{name} has its newest checkpoint, and is waited for until {until:%H:%M:%S} UTC."
+                )
+        return ""
 
     def smaller(self) -> list[Job]:
         """The jobs that have run for long enough with fewer tasks than they asked for."""
@@ -316,8 +332,14 @@ class JobDraft:
 
     def _begin_stop(self, job: Job, stop: Stop, why: str) -> Job:
         self._order(job, Order.STOP if stop is Stop.YIELD else Order.END)
-        moved = replace(job, stop=stop, ran=job.ran_for(self._now), placed_time=None)
+        homes = self._nodes_of(job) if job.gang.keeps else ()
+        moved = replace(job, stop=stop, ran=job.ran_for(self._now), placed_time=None, homes=homes)
         return moved.advance(JobState.STOPPING, self._now, why)
+
+    def _nodes_of(self, job: Job) -> tuple[str, ...]:
+        """Where its attempt ran, with what was lost in this pass."""
+        here = (self.tasks[id_] for id_ in self._of[job.id])
+        return tuple(sorted({task.node for task in here if task.attempt == job.attempt}))
 
     def _finish(self, job: Job) -> Job:
         """The leading task has all there is to have, whatever became of the others."""

@@ -140,7 +140,10 @@ class Placer:
         """Gives places to jobs; whether or not any waits, jobs make room for replicas."""
         waiting = self._scene.jobs.waiting()
         future = self.future()
-        return gangs.place(self._fleet, waiting, self._accounts, future)
+        awaited = {
+            job.id: why for job in waiting if (why := self._scene.jobs.awaited(job, self._scene.nodes))
+        }
+        return gangs.place(self._fleet, waiting, self._accounts, future, awaited)
 
     def has_room_for_more(self, job: Job) -> bool:
         """Whether another task of a job that runs would find a place."""

@@ -1,0 +1,25 @@
+"""Jobs remember the nodes that have their newest checkpoint.
+
+Revision ID: 0010
+Revises: 0009
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects.postgresql import JSONB
+
+revision = "0010"
+down_revision: str | None = "0009"
+branch_labels: str | None = None
+depends_on: str | None = None
+
+
+def upgrade() -> None:
+    """Add the nodes; an earlier release places jobs anywhere."""
+    op.add_column(
+        "jobs",
+        sa.Column("homes", JSONB, nullable=False, server_default=sa.text("'[]'")),
+        schema="scheduler",
+    )
