@@ -11,20 +11,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from penstock.datasets.contents import TASKS, Contents
 from penstock.datasets.flat import write_all
+from penstock.datasets.lazy import LazyTexts
 
 FACTS = "contents.json"
 _TEXT_BYTES, _TEXT_ENDS, _TARGETS = "texts.bytes", "texts.ends", "targets"
 _TEXTS = 4096
 
 
-class FlatTexts(Sequence[str]):
+class FlatTexts(LazyTexts):
     """Texts that lie one after the other.
 
     Args:
@@ -39,16 +40,7 @@ class FlatTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return [self[place] for place in range(*row.indices(len(self)))]
-        place = range(len(self))[row]
+    def _read(self, place: int) -> str:
         begin = int(self._ends[place - 1]) if place else 0
         return str(self._data[begin : int(self._ends[place])], "utf-8")
 

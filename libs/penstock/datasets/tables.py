@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from penstock.datasets.contents import (
 )
 from penstock.datasets.flat import Growing
 from penstock.datasets.labels import encode
+from penstock.datasets.lazy import LazyTexts
 from penstock.errors import FailedPrecondition, InvalidArgument
 
 try:
@@ -78,7 +79,7 @@ def need_arrow() -> None:
         raise FailedPrecondition("Tables are read with pyarrow: pip install 'penstock[data]'.")
 
 
-class TextColumn(Sequence[str]):
+class TextColumn(LazyTexts):
     """The texts of a column, in Arrow's memory."""
 
     def __init__(self, column: Any) -> None:
@@ -87,16 +88,11 @@ class TextColumn(Sequence[str]):
     def __len__(self) -> int:
         return len(self._column)
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
+    def _read(self, place: int) -> str:
+        return str(self._column[place].as_py())
 
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return [str(text) for text in self._column[row].to_pylist()]
-        return str(self._column[row].as_py())
+    def _read_all(self, places: range) -> list[str]:
+        return [str(text) for text in self._column.take(np.asarray(places, np.int64)).to_pylist()]
 
 
 class _Plan:

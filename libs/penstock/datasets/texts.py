@@ -10,7 +10,7 @@ import json
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from penstock.datasets.contents import (
     check_text,
 )
 from penstock.datasets.labels import encode
+from penstock.datasets.lazy import LazyTexts
 from penstock.errors import InvalidArgument
 
 TEXT_NAMES = ("text", "content", "sentence", "document")
@@ -57,7 +58,7 @@ def read_texts(root: Path, files: Sequence[Path], options: ReadOptions) -> Conte
     return _read_folders(root, files, options)
 
 
-class MappedTexts(Sequence[str]):
+class MappedTexts(LazyTexts):
     """Rows that are parts of files.
 
     Args:
@@ -76,21 +77,13 @@ class MappedTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return [self[place] for place in range(*row.indices(len(self)))]
-        file, begin, end = self._places[row]
+    def _read(self, place: int) -> str:
+        file, begin, end = self._places[place]
         text = self._buffers[file][begin:end].decode()
         return str(json.loads(text)[self._key]) if self._key else text
 
 
-class FileTexts(Sequence[str]):
+class FileTexts(LazyTexts):
     """Rows that are whole files."""
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -99,16 +92,8 @@ class FileTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._files)
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return [path.read_text() for path in self._files[row]]
-        return self._files[row].read_text()
+    def _read(self, place: int) -> str:
+        return self._files[place].read_text(encoding="utf-8")
 
 
 def _read_lines(files: Sequence[Path], options: ReadOptions) -> Contents:
