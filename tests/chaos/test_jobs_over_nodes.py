@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import penstock
-from penstock.scheduler.v1 import job_pb2, node_pb2
+from penstock.scheduler.v1 import job_pb2, job_service_pb2, node_pb2
 from penstock_local.orphans import MARK
 from penstock_local.spawn import spawn
 from support.agent_world import children_of
@@ -31,6 +32,7 @@ INTERVAL_SECONDS = 1
 ACCURACY = 0.97
 STILL_SECONDS = 60.0
 """No longer than this may nothing be heard of a training, whatever was killed."""
+PROGRESS = [job_service_pb2.JOB_EVENT_KIND_PROGRESS]
 ENDED = {job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED}
 VICTIMS = ("rank", "group", "launcher", "agent", "all agents", "scheduler")
 
@@ -93,21 +95,23 @@ def found(client: penstock.Client, name: str) -> job_pb2.Job:
 
 def until_it_goes_on(mesh: Mesh, client: penstock.Client, name: str) -> tuple[job_pb2.Job, float]:
     """Wait until steps are taken again; return how long that took."""
-    began = time.monotonic()
-    time.sleep(1.0)  # what was said before it was killed is still on its way
+    began, began_at = time.monotonic(), time.time()
+    sequence, steps = 0, [0]
     job = found(client, name)
-    first: tuple[int, int] | None = None
     while job.state not in ENDED:
+        with contextlib.suppress(penstock.PenstockError):
+            for event in client.list_job_events(name, kinds=PROGRESS, after=sequence):
+                sequence = event.sequence
+                # What was said before somebody was killed may come later.
+                if event.progress.total and event.time.ToNanoseconds() > began_at * 1e9:
+                    steps.append(event.progress.done)
+        if any(later > earlier > 0 for earlier, later in pairwise(steps)):
+            break
         job = found(client, name)
-        if job.state == job_pb2.JOB_STATE_RUNNING and job.progress.total:
-            now = job.attempt, job.progress.done
-            first = min(first or now, now) if first is None or now[0] == first[0] else now
-            if now[1] > first[1]:
-                break
         waited = time.monotonic() - began
         assert waited < STILL_SECONDS, f"it stands still: {job}\n{mesh.logs()}"
         time.sleep(0.05)
-    return job, time.monotonic() - began
+    return found(client, name), time.monotonic() - began
 
 
 @pytest.mark.parametrize("round_", range(int(os.environ.get("PENSTOCK_CHAOS_ROUNDS", "1"))))

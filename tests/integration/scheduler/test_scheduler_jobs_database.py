@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
-from datetime import UTC, datetime
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -15,11 +15,13 @@ from penstock_kit.db import open_engine
 from penstock_kit.errors import Aborted, Internal
 from penstock_scheduler.adapters.documents import version_from_message
 from penstock_scheduler.adapters.work import SqlLeadership, SqlWorks
+from penstock_scheduler.domain.constraints import Constraints, Toleration
 from penstock_scheduler.domain.deployment import Deployment, Spec, Target
-from penstock_scheduler.domain.job import EventKind, Gang, Job, JobState, Task, TaskState
+from penstock_scheduler.domain.job import EventKind, Gang, Job, JobState, Stop, Task, TaskState
 from penstock_scheduler.domain.job_events import JobEvent
 from penstock_scheduler.domain.node import Device, DeviceKind, Node
 from penstock_scheduler.domain.planner import Plan
+from penstock_scheduler.domain.project import Project
 from penstock_scheduler.domain.replica import GroupKey, Replica, ReplicaState
 from penstock_scheduler.domain.resources import Batching, Resources
 from penstock_scheduler.domain.version import VersionKey
@@ -101,6 +103,53 @@ async def store(idle_bench: Any) -> AsyncIterator[Store]:
     yield store
     await store.leadership.release()
     await store.engine.dispose()
+
+
+async def test_every_field_of_a_job_is_kept(store: Store) -> None:
+    later = NOW + timedelta(seconds=1)
+    pool = Constraints((("pool", "big"),), (Toleration("k", "v"),))
+    asked: dict[str, Any] = {
+        "project": "vision",
+        "priority": 3,
+        "gang": Gang(3, 2, MODEST, pool, "script", keeps=True),
+        "work": b"what is to be done",
+        "labels": {"team": "a"},
+        "max_restarts": 7,
+        "timeout": timedelta(hours=1),
+        "created_by": "ann",
+    }
+    changing: dict[str, Any] = {
+        "state": JobState.SUCCEEDED,
+        "message": "done",
+        "failure_reason": "SIGNAL",
+        "cancelling": True,
+        "stop": Stop.LOSS,
+        "attempt": 4,
+        "restarts": 2,
+        "losses": 1,
+        "tasks_made": 12,
+        "not_before": later,
+        "homes": ("n1", "n2"),
+        "start_time": later,
+        "placed_time": later,
+        "ran": timedelta(seconds=9),
+        "end_time": later,
+        "results": ("models/digits/versions/2",),
+        "leftovers": ("models/digits/versions/1",),
+        "report": b"found",
+        "update_time": later,
+    }
+    full = Job("full", NOW, NOW, **asked)
+    same = {each.name for each in fields(Job)} - asked.keys() - changing.keys()
+    assert same == {"id", "create_time", "revision"}
+    async with store.works() as work:
+        await work.projects.add(Project("vision"))
+        await work.jobs.add(full, "train", JobRequest())
+        await work.jobs.replace(replace(full, **changing))
+        await work.commit()
+    async with store.works() as work:
+        found = await work.jobs.get("full")
+    assert found == replace(full, **changing, revision=1)
 
 
 async def test_tasks_never_hold_more_than_a_node_has_beside_replicas(store: Store) -> None:
