@@ -408,7 +408,7 @@ class TestReturns:
         queued = world.job()
         assert queued.state is JobState.QUEUED
         assert queued.message == (
-            f"nodes/{gone} has its newest checkpoint, and is waited for until "
+            f"nodes/{gone} may have its newest checkpoint, and is waited for until "
             f"{began + timedelta(seconds=15):%H:%M:%S} UTC."
         )
         assert not world.step(), "what it says must not change with every pass"
