@@ -34,7 +34,8 @@ def test_a_rank_holds_half_a_core_and_512_mib_and_a_task_as_often_as_it_has_rank
 
 
 def test_long_work_keeps_checkpoints_where_it_runs() -> None:
-    train = job_work_pb2.TrainWork(dataset="digits", model="digits")
+    train = job_work_pb2.TrainWork(dataset="digits", model="models/digits")
+    train.recipe.epochs = 1
     assert asked(profile=None, train=train).job.gang.keeps
     assert not asked().job.gang.keeps
 

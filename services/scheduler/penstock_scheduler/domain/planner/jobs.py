@@ -122,7 +122,8 @@ class JobDraft:
                 continue
             until = (node.last_seen_time or job.update_time) + timedelta(seconds=self._policy.return_seconds)
             if self._now < until:
-                return f"nodes/{name} may have its newest checkpoint, and is waited for until {until:%H:%M:%S} UTC."
+                why = f"nodes/{name} may have its newest checkpoint"
+                return f"{why}, and is waited for until {until:%H:%M:%S} UTC."
         return ""
 
     def smaller(self) -> list[Job]:
