@@ -97,7 +97,7 @@ def test_perf_analyzer_sees_no_error(address: str, protocol: str, concurrency: i
         [
             *(str(program), "-m", "echo", "-u", address, "-i", protocol, "-b", "1", "--shape", "input:16"),
             *("--concurrency-range", str(concurrency), "--measurement-interval", "1000"),
-            *("--stability-percentage", "100", "--max-trials", "4", "-f", str(report)),
+            *("--stability-percentage", "100", "--max-trials", "20", "-f", str(report)),
         ],
         env=environment,
         capture_output=True,
