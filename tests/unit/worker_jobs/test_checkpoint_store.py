@@ -80,6 +80,40 @@ def test_a_disk_without_room_for_another_one_is_said_before_it_is_full(
     assert store.last() == (1, tmp_path / "1")
 
 
+@pytest.mark.parametrize("restored", [False, True])
+def test_what_is_linked_from_an_earlier_one_needs_no_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored: bool
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    chunks = tmp_path / "chunks"
+    chunks.mkdir()
+    (chunks / "1").write_bytes(b"x" * 1000)
+    if restored:  # on another node, from the registry
+        join(chunks, store.restored(1), link=True)
+    for step in range(2 if restored else 1, 4):
+        (chunks / str(step)).write_bytes(b"x" * 1000)
+        join(chunks, store.begin(step, 0), link=True)
+        store.commit(step, 0, 1, 0)
+        monkeypatch.setattr(bundle_files, "free_bytes", lambda _: 1050)
+    store.begin(4, 0)
+    store.give_up()
+    monkeypatch.setattr(bundle_files, "free_bytes", lambda _: 1049)
+    with pytest.raises(JobFailure, match="of step 3, is kept"):
+        store.begin(4, 0)
+
+
+def test_what_was_gathered_from_the_last_one_does_not_make_it_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    (store.begin(1, 0) / "weights").write_bytes(b"x" * 1000)
+    store.commit(1, 0, 1, 0)
+    join(tmp_path / "1", store.restored(1), link=True)
+    monkeypatch.setattr(bundle_files, "free_bytes", lambda _: 1049)
+    with pytest.raises(JobFailure, match="of step 1, is kept"):
+        store.begin(2, 0)
+
+
 def test_what_is_held_twice_is_let_go_twice(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     write(store, 1)

@@ -27,7 +27,7 @@ PARTIAL = ".partial"
 PART_FILE = "penstock-part.json"
 """Beside the files of a checkpoint: which part of how many it is. It makes that no part is empty."""
 ROOM = 1.05
-"""A checkpoint may be so many times as large as the one before without being refused beforehand."""
+"""A checkpoint may write so many times as much as the one before without being refused beforehand."""
 
 
 class CheckpointStore:
@@ -49,7 +49,7 @@ class CheckpointStore:
         """Return the directory of a checkpoint: empty for the first rank, the same for the others.
 
         Raises:
-            JobFailure: The disk has no room for another one as large as the last; OUT_OF_DISK.
+            JobFailure: The disk has no room for as much as was written for the last one; OUT_OF_DISK.
         """
         with self._lock:
             return self._begin(step, generation)
@@ -169,7 +169,7 @@ class CheckpointStore:
         last = self.last()
         if last is None:
             return
-        need = int(bundle_files.size(last[1]) * ROOM)
+        need = int(self._written_for(*last) * ROOM)
         free = bundle_files.free_bytes(self.directory)
         if free < need:
             raise JobFailure(
@@ -179,6 +179,25 @@ class CheckpointStore:
                 "OUT_OF_DISK",
                 permanent=False,
             )
+
+    def _written_for(self, step: int, path: Path) -> int:
+        """Return the bytes of a checkpoint's files, but for those that it shares with an earlier one.
+
+        What only grows, as the answers of a batch prediction, is linked from one to the next: that takes
+        room once.
+        """
+        earlier = [self.directory / str(old) for old in self._steps()]
+        if self.restored(step).parent.is_dir():
+            earlier += [old for old in self.restored(step).parent.iterdir() if old.name.isdigit()]
+        known: set[tuple[int, int]] = set()
+        for old in earlier:
+            # One of the same step is gathered from this one.
+            if int(old.name) < step:
+                with contextlib.suppress(FileNotFoundError):  # the next one is being gathered
+                    known.update((facts.st_dev, facts.st_ino) for _, facts in bundle_files.walk(old))
+        return sum(
+            facts.st_size for _, facts in bundle_files.walk(path) if (facts.st_dev, facts.st_ino) not in known
+        )
 
 
 def _force(path: Path) -> None:
