@@ -165,6 +165,31 @@ def test_a_search_finds_something_smaller_and_faster_and_goes_on_where_it_was(
 
 
 @pytest.mark.training
+def test_a_search_that_is_stopped_while_it_publishes_publishes_when_it_goes_on(
+    source: Source, tmp_path: Path
+) -> None:
+    def change(job: job_pb2.Job) -> None:
+        job.compress.search.budget.FromSeconds(60)
+        job.compress.search.max_trials = 1
+
+    def stopped(*_: object, **__: object) -> str:
+        raise Stopped
+
+    context = source.context(tmp_path / "job", [], change)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context, "publish_version", stopped)
+        with pytest.raises(Stopped):
+            run(context)
+    measured = len(context.lines("metrics"))
+    run(context)
+    assert len(context.lines("metrics")) == measured
+    (version,) = context.published()
+    best = candidates(context)[1]
+    assert best["recommended"]
+    assert version.path.joinpath(version.version.manifest.entrypoint).stat().st_size == best["size_bytes"]
+
+
+@pytest.mark.training
 def test_a_pushed_graph_is_quantized_with_calibration(source: Source, tmp_path: Path) -> None:
     bundle = tmp_path / "pushed"
     bundle.mkdir()

@@ -147,6 +147,7 @@ class Search:
         self._modules = context.scratch / "bodies"
         self._step = 0
         self._epochs: tuple[float, ...] = ()
+        # The source, as it was measured beside the last candidate.
         self._beside: Outcome | None = None
 
     def run(self) -> Found:
@@ -395,6 +396,7 @@ class Search:
             "skipped": self._skipped,
             "repaired": self._repaired,
             "epochs": self._epochs,
+            "beside": dataclasses.asdict(self._beside) if self._beside else None,
             "candidates": [dataclasses.asdict(each) for each in self._candidates.values()],
         }
         (directory / _STATE).write_text(json.dumps(state))
@@ -409,12 +411,16 @@ class Search:
         self._spent, self._step = float(state["spent"]), int(state["step"])
         self._epochs = tuple(state["epochs"])
         self._skipped, self._repaired = list(state["skipped"]), dict(state["repaired"])
+        beside = state.get("beside")
+        self._beside = Outcome(**beside) if beside else None
         for values in state["candidates"]:
             candidate = Candidate(
                 **{
                     **values,
                     "outcome": Outcome(**values["outcome"]),
                     "finish": tuple((name, parameters) for name, parameters in values["finish"]),
+                    # Earlier releases did not keep the source's part: finalists are measured again for it.
+                    "thorough": values["thorough"] and self._beside is not None,
                 }
             )
             self._candidates[candidate.key] = candidate
