@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from penstock.registry.v1 import artifact_pb2
-from penstock_kit.errors import Unavailable
+from penstock_kit.errors import FailedPrecondition, Unavailable
 from penstock_worker.adapters.jobs import uploads
 from penstock_worker.adapters.jobs.checkpoints import CheckpointStore
 from penstock_worker.adapters.jobs.uploads import READY, UPLOADING, Part, Uploads, checkpoint_artifact
@@ -23,6 +23,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.artifacts: dict[str, artifact_pb2.Artifact] = {}
+        self.made = 0
         self.gates: dict[str, asyncio.Semaphore] = {}
 
     def slow(self, part: int) -> asyncio.Semaphore:
@@ -31,7 +32,8 @@ class Registry:
     async def upload_artifact(
         self, announced: artifact_pb2.Artifact, artifact: str, directory: Path, *, key: str
     ) -> artifact_pb2.Artifact:
-        announced.name = f"{artifact}/versions/{len(self.artifacts) + 1}"
+        self.made += 1
+        announced.name = f"{artifact}/versions/{self.made}"
         announced.state = UPLOADING
         self.artifacts[announced.name] = announced
         if artifact in self.gates:
@@ -71,16 +73,17 @@ class Node:
         self.tasks.append(asyncio.ensure_future(work))
         return self.tasks[-1]
 
-    def write(self, step: int, round_: str = "a") -> None:
+    def write(self, step: int, round_: str = "a", *, parts: int = 2, made: int = 0) -> None:
         (self.store.begin(step, round_) / "weights").write_text(str(step))
         self.store.commit(step, 0, 1, round_)
         self.uploads.send(
             Part(
-                Writing(step, round_, 2),
+                Writing(step, round_, parts),
                 self.number,
                 self.store.directory / str(step),
                 1,
                 lambda step, _: self.sent.append(step),
+                made,
             )
         )
 
@@ -182,3 +185,45 @@ async def test_a_part_that_the_first_waits_for_is_tried_again_though_newer_ones_
     nodes[0].write(2)
     await asyncio.gather(*nodes[0].tasks, *nodes[1].tasks)
     assert (nodes[0].sent, nodes[1].sent) == ([1, 2], [1, 2])
+
+
+async def test_what_deleted_jobs_of_the_name_have_left_goes_and_what_later_ones_have_stays(
+    registry: Registry, tmp_path: Path
+) -> None:
+    first, second, third = (Node(0, registry, tmp_path / name) for name in ("first", "second", "third"))
+    for node, made, step, left in (first, 1, 50, [50]), (third, 3, 5, [5]), (second, 2, 9, [5, 9]):
+        node.write(step, parts=1, made=made)
+        await asyncio.gather(*node.tasks)
+        assert registry.steps(0) == left
+
+
+async def test_a_task_sends_no_part_that_a_deleted_job_of_the_name_has_announced(
+    registry: Registry, nodes: tuple[Node, Node], tmp_path: Path
+) -> None:
+    earlier = Node(0, registry, tmp_path / "earlier")
+    earlier.used = False  # nobody waits for the other parts
+    earlier.write(1, made=1)
+    await asyncio.gather(*earlier.tasks)
+    nodes[1].write(1, made=2)
+    nodes[1].used = False
+    await asyncio.gather(*nodes[1].tasks)
+    assert registry.steps(1) == []
+
+
+async def test_what_is_deleted_with_its_job_while_it_is_sent_is_not_sent_again(
+    registry: Registry, nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+
+    async def deleted(announced: artifact_pb2.Artifact, artifact: str, directory: Path, *, key: str) -> Any:
+        nonlocal tries
+        tries += 1
+        nodes[0].used = False
+        raise FailedPrecondition("It was deleted.")
+
+    monkeypatch.setattr(uploads, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(registry, "upload_artifact", deleted)
+    nodes[0].write(1, parts=1)
+    async with asyncio.timeout(1.0):
+        await asyncio.gather(*nodes[0].tasks)
+    assert tries == 1

@@ -17,7 +17,14 @@ from penstock_kit.threads import in_thread
 from penstock_worker.adapters.jobs.checkpoints import PART_FILE, CheckpointStore, join
 from penstock_worker.adapters.jobs.config import DECODED
 from penstock_worker.adapters.jobs.registry import JobRegistry
-from penstock_worker.adapters.jobs.uploads import Spawn, Uploads, checkpoint_artifact, writing_of
+from penstock_worker.adapters.jobs.uploads import (
+    Age,
+    Spawn,
+    Uploads,
+    age_of,
+    checkpoint_artifact,
+    writing_of,
+)
 from penstock_worker.domain.checkpoint import Choice, Writing
 
 KEPT_ROOMS = 8
@@ -99,11 +106,13 @@ class JobRoom:
         target.with_name(f"{target.name}.partial").rename(target)
         return target
 
-    async def stored(self, parts: int) -> dict[tuple[Writing, int], artifact_pb2.Artifact]:
+    async def stored(self, parts: int, made: int = 0) -> dict[tuple[Writing, int], artifact_pb2.Artifact]:
         """Return the parts of checkpoints that the registry has.
 
         Args:
             parts: How many parts those on the disks of nodes have.
+            made: When the job was made: what deleted ones of its name have left does not count. 0 if nobody
+                knows.
 
         Raises:
             PenstockError: As the registry says.
@@ -112,7 +121,7 @@ class JobRoom:
         part = 0
         while part < parts:
             for one in await self._registry.artifacts_of(checkpoint_artifact(self.job, part)):
-                if one.state == artifact_pb2.ARTIFACT_STATE_READY:
+                if one.state == artifact_pb2.ARTIFACT_STATE_READY and age_of(one, made) is Age.OWN:
                     found[writing_of(one), part] = one
                     parts = max(parts, writing_of(one).parts)
             part += 1

@@ -292,7 +292,8 @@ class TaskClerk:
             final = room.store.directory / str(step)
             if desired.tasks == 1:
                 self._note_checkpoint(step, "")
-            room.uploads.send(Part(writing, desired.index, final, desired.attempt, self._note_checkpoint))
+            note = self._note_checkpoint
+            room.uploads.send(Part(writing, desired.index, final, desired.attempt, note, desired.made))
         return {"complete": complete}
 
     def _note_checkpoint(self, step: int, artifact: str) -> None:
@@ -332,7 +333,7 @@ class TaskClerk:
         """Return the parts that the registry has; none if it is away and there is another way."""
         try:
             async with asyncio.timeout(LOOK_SECONDS if optional else None):
-                self._stored_parts = await self._room.stored(parts)
+                self._stored_parts = await self._room.stored(parts, self._desired.made)
         except (PenstockError, TimeoutError):
             if not optional:
                 raise
@@ -351,7 +352,7 @@ class TaskClerk:
         if lacking:
             self.say(f"Fetching {len(lacking)} parts of the checkpoint of step {choice.writing.step}.")
             if any((choice.writing, part) not in self._stored_parts for part in lacking):
-                self._stored_parts = await self._room.stored(choice.writing.parts)
+                self._stored_parts = await self._room.stored(choice.writing.parts, self._desired.made)
         for part in lacking:
             artifact = self._stored_parts.get((choice.writing, part))
             if artifact is None:

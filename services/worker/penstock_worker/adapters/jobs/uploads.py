@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import enum
 import logging
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -32,6 +33,8 @@ ANNOUNCED_SECONDS = 30.0
 """How long task 0 waits for the others to begin; one whose agent was restarted never does."""
 COMPLETE_SECONDS = 600.0
 """How long it waits for them to end."""
+MADE = "made"
+"""Label of an artifact: when its job was made, which tells it from those of deleted jobs of the same name."""
 FOLLOWED = 4
 """Checkpoints that a task keeps for task 0 to choose from."""
 
@@ -52,11 +55,21 @@ class Part:
     path: Path
     attempt: int
     sent: Sent
+    made: int = 0
+    """When the job was made, in nanoseconds of Unix time; 0 if nobody knows."""
 
     @property
     def step(self) -> int:
         """Of its checkpoint."""
         return self.writing.step
+
+
+class Age(enum.Enum):
+    """Of which of all jobs of one name a checkpoint in the registry is."""
+
+    EARLIER = enum.auto()
+    OWN = enum.auto()
+    LATER = enum.auto()
 
 
 class Uploads:
@@ -115,6 +128,10 @@ class Uploads:
         self._waiting.remove(part)
         self._store.release(part.step)
 
+    def _drop_all(self) -> None:
+        for part in list(self._waiting):
+            self._drop(part)
+
     async def _send_all(self) -> None:
         pause, look = FIRST_PAUSE_SECONDS, FIRST_LOOK_SECONDS
         while self._waiting:
@@ -129,6 +146,12 @@ class Uploads:
                 log.warning(
                     "a checkpoint is not in the registry yet", extra={"job": self._job, "why": str(error)}
                 )
+                if not self.away and not self._used():
+                    # It was deleted with the job, say; the attempts that may follow find it on this disk.
+                    self._drop_all()
+                    if part is not None:
+                        self._store.release(part.step)
+                    return
                 # Task 0 goes on with what is newer; the others owe it what it has announced.
                 if part is not None and (part.number or not self._waiting) and part.path.exists():
                     self._waiting.insert(0, part)
@@ -146,8 +169,7 @@ class Uploads:
                 look = min(1.5 * look, LAST_LOOK_SECONDS)
             else:
                 # Task 0 sends nothing more; the attempts that follow find it on this disk.
-                for old in list(self._waiting):
-                    self._drop(old)
+                self._drop_all()
 
     async def _next(self) -> Part | None:
         """Return what goes next: the newest, or the newest that task 0 has announced."""
@@ -155,7 +177,11 @@ class Uploads:
         if not part.number:
             return part
         leading = await self._registry.artifacts_of(checkpoint_artifact(self._job, 0))
-        announced = {writing_of(one) for one in leading if one.state in (UPLOADING, READY)}
+        announced = {
+            writing_of(one)
+            for one in leading
+            if one.state in (UPLOADING, READY) and age_of(one, part.made) is Age.OWN
+        }
         found = next((each for each in reversed(self._waiting) if each.writing in announced), None)
         if found is not None:
             for old in self._waiting[: self._waiting.index(found)]:
@@ -175,17 +201,21 @@ class Uploads:
             part=str(part.number),
             attempt=str(part.attempt),
         )
-        made = await self._registry.upload_artifact(
-            announced, target, part.path, key=f"{self._job} {part.attempt} {part.writing.round} {part.step}"
-        )
+        if part.made:
+            announced.labels[MADE] = str(part.made)
+        key = f"{self._job} {part.made} {part.attempt} {part.writing.round} {part.step}"
+        made = await self._registry.upload_artifact(announced, target, part.path, key=key)
         await self._registry.finalize_artifact(made.name)
         part.sent(part.step, made.name)
         if part.number == 0 and not await self._others_came(part):
             return
         mine = await self._registry.artifacts_of(target)
-        older = sorted((writing_of(old).step, old.name) for old in mine if writing_of(old).step < part.step)
+        own = [one for one in mine if age_of(one, part.made) is Age.OWN]
+        older = sorted((writing_of(old).step, old.name) for old in own if writing_of(old).step < part.step)
+        # Deleted jobs of this name have left it, and nobody else knows of it.
+        left = [(0, one.name) for one in mine if age_of(one, part.made) is Age.EARLIER]
         # Whether all parts of this one are there is for task 0 to know: the one before stays until the next.
-        for _, name in older if part.number == 0 else older[:-1]:
+        for _, name in [*left, *(older if part.number == 0 else older[:-1])]:
             with contextlib.suppress(PenstockError):
                 await self._registry.delete_artifact(name)
 
@@ -198,7 +228,11 @@ class Uploads:
             begun = True
             for number in sorted(missing):
                 found = await self._registry.artifacts_of(checkpoint_artifact(self._job, number))
-                states = {one.state for one in found if writing_of(one) == part.writing}
+                states = {
+                    one.state
+                    for one in found
+                    if writing_of(one) == part.writing and age_of(one, part.made) is Age.OWN
+                }
                 begun = begun and bool(states & {UPLOADING, READY})
                 if READY in states:
                     missing.remove(number)
@@ -221,3 +255,21 @@ def writing_of(artifact: artifact_pb2.Artifact) -> Writing:
     """Return of which checkpoint an artifact is a part."""
     labels = artifact.labels
     return Writing(int(labels.get("step", "0")), labels.get("round", ""), int(labels.get("parts", "1")))
+
+
+def age_of(artifact: artifact_pb2.Artifact, made: int) -> Age:
+    """Tell whether a checkpoint in the registry is of the job of its name that was made then.
+
+    Those of earlier releases do not say of which they are: they are its own unless they are older than it.
+
+    Args:
+        artifact: The checkpoint, or a part of one.
+        made: When the job was made, in nanoseconds of Unix time; 0 if nobody knows, and all are its own.
+    """
+    said = artifact.labels.get(MADE, "")
+    if not made or said == str(made):
+        return Age.OWN
+    if said.isdecimal():
+        return Age.EARLIER if int(said) < made else Age.LATER
+    older = artifact.HasField("create_time") and artifact.create_time.ToNanoseconds() < made
+    return Age.EARLIER if older else Age.OWN
