@@ -1,8 +1,9 @@
-"""A search that ended anywhere goes on with what it had measured, also at its very end."""
+"""A search goes on: after an end at any moment with what it had measured, and after a bad finalist."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,9 +13,11 @@ import pytest
 from penstock.scheduler.v1 import job_pb2
 from penstock_worker.adapters.compression.search import Effort, Found, Search
 from penstock_worker.adapters.compression.subject import Subject
+from penstock_worker.adapters.measuring.loading import ModelError
 from penstock_worker.domain.gate import Gate
 from penstock_worker.domain.pareto import Outcome
 from penstock_worker.domain.search_space import ModelFacts, Steps
+from penstock_worker.usecases.job_context import JobFailure
 from support.job_context import FileJobContext
 
 SPEEDS = {"static_int8": 7.0, "dynamic_int8": 3.5, "weight_only_int8": 2.2, "weight_only_int4": 2.1}
@@ -25,15 +28,22 @@ def outcome(speed: float) -> Outcome:
 
 
 class Bench:
-    """Stands where a `Scale` does: every quantization has its speed, and what was measured is noted."""
+    """Stands where a `Scale` does: every quantization has its speed, and what was measured is noted.
+
+    Args:
+        bad: Those that fail when they are measured thoroughly, with how.
+    """
 
     gate, metric = Gate(max_metric_loss=0.02), "accuracy"
 
-    def __init__(self) -> None:
+    def __init__(self, bad: Mapping[str, BaseException] | None = None) -> None:
         self.brief, self.thorough = list[str](), list[str]()
+        self._bad = dict(bad or {})
 
     def measure(self, directory: Path, manifest: str, effort: Effort) -> tuple[Outcome, Outcome]:
         (self.brief if effort.rows else self.thorough).append(manifest)
+        if not effort.rows and manifest in self._bad:
+            raise self._bad[manifest]
         return outcome(SPEEDS[manifest]), outcome(1.0)
 
     def judge(self, measured: Outcome) -> SimpleNamespace:
@@ -106,3 +116,42 @@ def test_a_state_without_what_was_measured_of_the_source_is_measured_again(
     assert bench.thorough[: len(bench.thorough) // 2] == bench.thorough[len(bench.thorough) // 2 :]
     assert len(bench.brief) == 4
     assert again == first
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("failure", [JobFailure("its loss is nan", "NUMERICS"), ModelError("no kernel")])
+def test_a_finalist_that_fails_is_left_out_with_its_reason(
+    tmp_path: Path, failure: JobFailure | ModelError, late: bool
+) -> None:
+    bench = Bench({"static_int8": failure})
+    found = Quantizations(tmp_path, bench, late=late).run()
+    assert bench.thorough[:2] == ["static_int8", "dynamic_int8"]
+    assert names(found)[0] == "dynamic_int8"
+    assert found.recommended is found.candidates[0]
+    assert set(names(found)) == set(SPEEDS) - {"static_int8"}
+    (reason,) = found.skipped
+    assert "static_int8" in reason
+    assert str(failure) in reason
+    measured = len(bench.thorough)
+    assert Quantizations(tmp_path, bench, late=late).run() == found
+    assert len(bench.thorough) == measured, "it was measured again"
+
+
+def test_a_search_that_is_killed_after_a_bad_finalist_does_not_measure_it_again(tmp_path: Path) -> None:
+    failure = JobFailure("its loss is nan", "NUMERICS")
+    bench = Bench({"static_int8": failure, "dynamic_int8": KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        Quantizations(tmp_path, bench).run()
+    later = Bench({"static_int8": failure})
+    found = Quantizations(tmp_path, later).run()
+    assert later.brief == []
+    assert later.thorough == ["dynamic_int8", "weight_only_int8", "weight_only_int4"]
+    assert len(found.skipped) == 1
+
+
+def test_a_search_whose_finalists_all_fail_says_that_nothing_could_be_measured(tmp_path: Path) -> None:
+    bench = Bench(dict.fromkeys(SPEEDS, JobFailure("its loss is nan", "NUMERICS")))
+    with pytest.raises(JobFailure, match="Nothing that was tried could be measured") as failed:
+        Quantizations(tmp_path, bench).run()
+    assert failed.value.cause == "UNSUPPORTED"
+    assert len(bench.thorough) == len(SPEEDS)

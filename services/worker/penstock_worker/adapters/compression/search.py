@@ -98,7 +98,7 @@ class Found:
 
     Attributes:
         source: The source itself.
-        candidates: All that were measured, the thorough ones first.
+        candidates: All that were measured, the thorough ones first, without those that failed then.
         on_front: Which of the source (0) and the candidates (from 1) no other one beats.
         recommended: Which one to take.
         seconds: How long it took.
@@ -141,6 +141,8 @@ class Search:
         self._max_loss = _USUAL_LOSS if limit is None else limit
         self._candidates: dict[str, Candidate] = {}
         self._skipped: list[str] = []
+        # Keys of candidates that failed when they were measured thoroughly.
+        self._failed: set[str] = set()
         self._spent, self._start = 0.0, time.monotonic()
         # The texts of the steps of each body in each rung, by the name of the directory that has its module.
         self._repaired: dict[str, list[str]] = {}
@@ -230,8 +232,7 @@ class Search:
                 run_step(subject, step, self._tools)
                 texts.append(step.text())
         except JobFailure as failure:
-            self._skipped.append(f"{body.name}: {failure.message}")
-            self._context.log(f"{body.name} is left out: {failure.message}")
+            self._leave_out(body.name, failure.message)
             return False
         directory = self._modules / _place(body.name, rung)
         shutil.rmtree(directory, ignore_errors=True)
@@ -257,13 +258,16 @@ class Search:
         try:
             outcome, passed = self._measure(self._subject(name, rung, finish), _BRIEF)
         except (JobFailure, ModelError) as failure:
-            self._skipped.append(f"{text}: {failure}")
-            self._context.log(f"{text} is left out: {failure}")
+            self._leave_out(text, str(failure))
             return None
         candidate = Candidate(name, finish, text, rung, outcome, passed)
         self._candidates[candidate.key] = candidate
         self._note(candidate)
         return candidate
+
+    def _leave_out(self, text: str, reason: str) -> None:
+        self._skipped.append(f"{text}: {reason}")
+        self._context.log(f"{text} is left out: {reason}")
 
     def _subject(self, body: str, rung: int, finish: Steps) -> Subject:
         subject = self._body_subject(body, rung)
@@ -341,23 +345,31 @@ class Search:
         """Measure the best anew, thoroughly; those that passed the gate first, as one of them is wanted.
 
         When the time is over it goes on only until something is known thoroughly, and has passed if anything
-        did.
+        did. What was fine on a few rows may fail on all of them: it is left out.
         """
         ranked = sorted(self._ranked(), key=lambda each: not each.passed)
         for place, candidate in enumerate(ranked):
-            if candidate.thorough:
+            if candidate.thorough or candidate.key in self._failed:
                 continue
             if place >= _FINALISTS or self._elapsed() > self._seconds:
                 known = [each for each in ranked if each.thorough]
                 if any(each.passed for each in known) or (known and not candidate.passed):
                     break
-            subject = self.subject_of(candidate)
-            candidate.outcome, candidate.passed = self._measure(subject, _THOROUGH)
+            try:
+                subject = self.subject_of(candidate)
+                candidate.outcome, candidate.passed = self._measure(subject, _THOROUGH)
+            except (JobFailure, ModelError) as failure:
+                self._leave_out(candidate.text, str(failure))
+                self._failed.add(candidate.key)
+                self._step += 1
+                self._keep()
+                continue
             candidate.thorough = True
             self._note(candidate)
 
     def _found(self) -> Found:
-        candidates = sorted(self._candidates.values(), key=lambda each: not each.thorough)
+        known = [each for each in self._candidates.values() if each.key not in self._failed]
+        candidates = sorted(known, key=lambda each: not each.thorough)
         thorough = [each for each in candidates if each.thorough]
         chosen = recommend(
             [each.outcome for each in thorough], [each.passed for each in thorough], self._max_loss
@@ -394,6 +406,7 @@ class Search:
             "spent": self._elapsed(),
             "step": self._step,
             "skipped": self._skipped,
+            "failed": sorted(self._failed),
             "repaired": self._repaired,
             "epochs": self._epochs,
             "beside": dataclasses.asdict(self._beside) if self._beside else None,
@@ -411,6 +424,8 @@ class Search:
         self._spent, self._step = float(state["spent"]), int(state["step"])
         self._epochs = tuple(state["epochs"])
         self._skipped, self._repaired = list(state["skipped"]), dict(state["repaired"])
+        # Earlier releases kept neither of these.
+        self._failed = set(state.get("failed", []))
         beside = state.get("beside")
         self._beside = Outcome(**beside) if beside else None
         for values in state["candidates"]:
@@ -419,7 +434,7 @@ class Search:
                     **values,
                     "outcome": Outcome(**values["outcome"]),
                     "finish": tuple((name, parameters) for name, parameters in values["finish"]),
-                    # Earlier releases did not keep the source's part: finalists are measured again for it.
+                    # Without the source's part finalists are measured again for it.
                     "thorough": values["thorough"] and self._beside is not None,
                 }
             )
