@@ -16,6 +16,7 @@ from penstock.queue.v1 import envelope_pb2 as envelope
 from penstock_kit.errors import Code, Reason
 from penstock_kit.queue.keys import PRIORITY_LOW, queue_name, streams
 from penstock_kit.queue.messages import Request
+from penstock_worker.adapters.batch_predict import caller
 from penstock_worker.adapters.batch_predict import job as batch
 from penstock_worker.usecases.job_context import JobFailure, Stopped
 from support.batch_prediction import answer, answers_of, prediction, rows_of, start, write_rows
@@ -123,6 +124,49 @@ def test_what_nobody_can_answer_now_is_asked_again(stage: Stage, code: Code) -> 
     batch.run(context)
     check(context, 32)
     assert context.found()["retried"] == 4
+
+
+@pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED])
+def test_trials_that_nobody_answers_make_requests_small_until_the_next_chunk(
+    stage: Stage, code: Code
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def overloaded_at_first(request: Request) -> Answer:
+        rows = rows_of(request)
+        asked.append((int(rows[0, 0]), len(rows)))
+        if len(asked) == 1:
+            return envelope.ReplyHeader(code=int(code), reason=int(Reason.OVERLOADED), message="later"), b""
+        return answer(request)
+
+    stage.replica.behave = overloaded_at_first
+    context = stage.job(64, chunk_rows=32)
+    batch.run(context)
+    check(context, 64)
+    assert sorted(asked[:33]) == [(0, 1), *((row, 1) for row in range(32))]
+    # Row 0 is asked again: the next chunk begins with trials.
+    assert asked[33:36] == [(0, 1)] * 3
+    said = [line["text"] for line in context.lines("log")]
+    assert said[0] == "models/toy/versions/1: 1 rows a request of this chunk"
+    assert len(said) == 2
+
+
+def test_it_stops_when_asked_although_nobody_answers_its_trials(stage: Stage) -> None:
+    context = stage.job(64)
+
+    def silent(_: Request) -> None:
+        context.stop()
+
+    def run() -> None:
+        with pytest.raises(Stopped):
+            batch.run(context)
+
+    stage.replica.behave = silent
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(caller.CALL_SECONDS / 3)
+    assert not thread.is_alive(), "it waits for the deadline of its call"
+    assert len(stage.replica.seen) == 1
 
 
 def picky(*bad: int) -> Callable[[Request], Answer]:

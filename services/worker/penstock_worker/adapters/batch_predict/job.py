@@ -12,6 +12,7 @@ refused row in a hundred (and more than one at all) ends the job: then the data 
 An online request goes before all rows that wait here, but not before those that the model is computing or has
 taken up next. So without `request_rows` it is tried out first how many rows the model answers in twice the
 time of one and `LONGER_SECONDS`, and all requests that are under way together have twice as many at most.
+Where nobody answers a trial, requests stay as small as was answered, and the next chunk begins with trials.
 """
 
 from __future__ import annotations
@@ -251,13 +252,13 @@ class _Prediction:
         )
         answers = ChunkAnswers(begin, end, description.outputs, _version(target))
         asking = _Asking(target, sources, answers)
-        size = await self._size(asking)
-        asking.spans.extend((at, min(at + size, end)) for at in range(begin, end, size))
         asking.left = end - begin
         asking.refused = self._book.state.failed
         try:
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(self._watch(asking, chunk))
+                size = await self._size(asking)
+                asking.spans.extend((at, min(at + size, end)) for at in range(begin, end, size))
                 askers = [group.create_task(self._ask_spans(asking)) for _ in range(self._concurrency)]
                 await asyncio.wait(askers)
                 watch.cancel()
@@ -276,15 +277,20 @@ class _Prediction:
         if self._request_rows:
             return min(self._request_rows, most)
         version = _version(asking.target)
-        if version not in self._sizes:
-            quick = await self._quick_rows(asking, min(MOST_TRIED_ROWS, most))
-            size = min(max(1, 2 * quick // self._concurrency), DEFAULT_REQUEST_ROWS, most)
+        if version in self._sizes:
+            return self._sizes[version]
+        quick, tried = await self._quick_rows(asking, min(MOST_TRIED_ROWS, most))
+        size = min(max(1, 2 * quick // self._concurrency), DEFAULT_REQUEST_ROWS, most)
+        if tried:
             self._sizes[version] = size
-            self._context.log(f"{version}: {self._sizes[version]} rows a request")
-        return self._sizes[version]
+        self._context.log(f"{version}: {size} rows a request{'' if tried else ' of this chunk'}")
+        return size
 
-    async def _quick_rows(self, asking: _Asking, most: int) -> int:
-        """Return the largest power of two of rows that are answered nearly as soon as one; see the module."""
+    async def _quick_rows(self, asking: _Asking, most: int) -> tuple[int, bool]:
+        """Return the largest power of two of rows that are answered nearly as soon as one; see the module.
+
+        And whether that was found out: if not, nobody answered more than that (0: nothing) for now.
+        """
         bound, size, rows = 0.0, 1, self._book.state.rows
         while size <= min(most, rows):
             inputs = {source.tensor.name: source.take(0, size) for source in asking.sources}
@@ -293,15 +299,16 @@ class _Prediction:
                 began = time.monotonic()
                 try:
                     await self._caller.call(asking.target, inputs, [])
-                except PenstockError:
-                    # What it means is found out when the row's turn comes.
-                    return most
+                except PenstockError as error:
+                    # Overload, of all things, must not make requests large. What any other error means is
+                    # found out when the row's turn comes.
+                    return (size // 2, False) if error.code in _RETRIED else (most, True)
                 fastest = min(fastest, time.monotonic() - began)
             if bound and fastest > bound:
-                return size // 2
+                return size // 2, True
             bound = bound or 2 * fastest + LONGER_SECONDS
             size *= 2
-        return max(1, size // 2)
+        return max(1, size // 2), True
 
     async def _watch(self, asking: _Asking, chunk: int) -> None:
         """Say how far it is, and stop when asked to."""
