@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from penstock_scheduler.domain.constraints import NO_CONSTRAINTS
 from penstock_scheduler.domain.job import (
     Gang,
     Job,
@@ -63,7 +65,8 @@ class JobWorld:
         self, name: str = "fit", *, tasks: int = 1, least: int = 0, keeps: bool = False, **fields: Any
     ) -> None:
         """Queues a job."""
-        gang = Gang(tasks, least or tasks, fields.pop("resources", RANK), keeps=keeps)
+        where = fields.pop("constraints", NO_CONSTRAINTS)
+        gang = Gang(tasks, least or tasks, fields.pop("resources", RANK), where, keeps=keeps)
         job = Job(name, create_time=self.now, update_time=self.now, gang=gang, **fields)
         self.snapshot = replace(self.snapshot, jobs={**self.snapshot.jobs, name: job})
 
@@ -83,11 +86,23 @@ class JobWorld:
             for name, described in self.nodes.items()
         }
 
-    def step(self, seconds: float = 1.0, *, obey: bool = True) -> Plan:
-        """One pass; then agents do as they are told, unless they are cut off."""
+    def step(
+        self, seconds: float = 1.0, *, obey: bool = True, unheard: Mapping[str, float] | None = None
+    ) -> Plan:
+        """One pass; then agents do as they are told, unless they are cut off.
+
+        Args:
+            seconds: Since the last one.
+            obey: Whether agents do anything.
+            unheard: Nodes that said nothing since the scheduler began to lead, so many seconds ago.
+        """
         self.now += timedelta(seconds=seconds)
+        nothing = {name: Report(None, silent_seconds=since) for name, since in (unheard or {}).items()}
         self.snapshot = replace(
-            self.snapshot, now=self.now, reports=self.reports(), registry=dict(self.registry)
+            self.snapshot,
+            now=self.now,
+            reports={**self.reports(), **nothing},
+            registry=dict(self.registry),
         )
         changes = plan(self.snapshot, POLICY)
         for job in changes.jobs:

@@ -92,7 +92,10 @@ class TextColumn(LazyTexts):
         return str(self._column[place].as_py())
 
     def _read_all(self, places: range) -> list[str]:
-        return [str(text) for text in self._column.take(np.asarray(places, np.int64)).to_pylist()]
+        if places.step == 1:
+            # Without a copy: `take` would first put all chunks together.
+            return [str(text) for text in self._column.slice(places.start, len(places)).to_pylist()]
+        return super()._read_all(places)
 
 
 class _Plan:

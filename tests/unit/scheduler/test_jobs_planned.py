@@ -7,8 +7,9 @@ from datetime import timedelta
 
 import pytest
 
+from penstock_scheduler.domain.constraints import Constraints
 from penstock_scheduler.domain.job import JobState, ObservedTask, RegistryWord, TaskState
-from support.job_world import JobWorld, node
+from support.job_world import RANK, JobWorld, node
 
 RESULT = ("models/digits/versions/2",)
 
@@ -447,9 +448,84 @@ class TestReturns:
         world.find(gone)
         world.until(JobState.RUNNING, passes=3)
 
-    def test_nobody_waits_for_a_node_that_is_drained(self) -> None:
+    def test_its_place_is_kept_wherever_it_was_though_it_could_go_on_with_less(self) -> None:
+        world = JobWorld(node("n1", 0.5), node("n2", 0.5), node("n3", 0.5))
+        world.submit(tasks=3, least=1, keeps=True)
+        world.until(JobState.RUNNING)
+        world.lose("n2")
+        for _ in range(9):
+            world.step()
+        world.submit("one")
+        world.submit("two")
+        world.step()
+        assert {world.job(name).state for name in ("fit", "one", "two")} == {JobState.QUEUED}
+        world.find("n2")
+        world.until(JobState.RUNNING, passes=3)
+        assert len(world.tasks()) == 3
+
+    def test_the_places_of_several_jobs_are_kept_beside_each_other(self) -> None:
+        world = JobWorld(node("n1", 1.0), node("n2", 1.0))
+        for name, cpu_millis in (("fit", 600), ("also", 400)):
+            world.submit(name, tasks=2, keeps=True, resources=replace(RANK, cpu_millis=cpu_millis))
+            world.until(JobState.RUNNING, name)
+            assert {task.node for task in world.tasks(name)} == {"n1", "n2"}
+        world.lose("n2")
+        for _ in range(9):
+            world.step()
+        world.submit("next", resources=replace(RANK, cpu_millis=100))
+        world.step()
+        assert {world.job(name).state for name in ("fit", "also", "next")} == {JobState.QUEUED}
+        world.find("n2")
+        for name in ("fit", "also"):
+            world.until(JobState.RUNNING, name, passes=3)
+
+    def test_an_attempt_that_nobody_took_up_changes_nothing_of_where_it_was(self) -> None:
         world, gone = self.lost_half_way()
-        drained = replace(world.snapshot.nodes[gone], cordoned=True, draining=True)
+        for _ in range(10):
+            world.step(obey=False)
+        assert (world.job().state, world.job().attempt) == (JobState.STARTING, 2)
+        world.find(gone)
+        world.step(40.0, obey=False)
+        assert world.job().homes == ("n1", "n2")
+
+    def test_a_new_leader_lets_agents_come_back_first(self) -> None:
+        world, gone = self.lost_half_way()
+        # Nobody led for a minute; the node is still LOST, and its agent has not attached yet.
+        world.step(60.0, obey=False, unheard={gone: 1.0})
+        assert world.job().state is JobState.QUEUED
+        assert f"nodes/{gone} may have" in world.job().message
+        world.step(20.0, unheard={gone: 21.0})
+        assert world.job().attempt == 2
+
+    def test_a_job_whose_node_ends_it_again_and_again_goes_elsewhere(self) -> None:
+        world = JobWorld(node("n1", 0.5), node("n2", 0.5))
+        world.submit(keeps=True)
+        world.until(JobState.RUNNING)
+        (home,) = [task.node for task in world.tasks()]
+        for _ in range(4):
+            world.lose(home)
+            world.until(JobState.QUEUED)
+            world.find(home)
+            world.until(JobState.RUNNING, passes=100)
+            assert [task.node for task in world.tasks()] == [home]
+        world.lose(home)
+        world.until(JobState.QUEUED)
+        world.find(home)
+        world.until(JobState.RUNNING, passes=100)
+        assert [task.node for task in world.tasks()] != [home]
+        # Where it lives longer it stays.
+        world.step(200.0)
+        other = {"n1": "n2", "n2": "n1"}[home]
+        world.lose(other)
+        world.until(JobState.QUEUED)
+        world.find(other)
+        world.until(JobState.RUNNING, passes=100)
+        assert [task.node for task in world.tasks()] == [other]
+
+    @pytest.mark.parametrize("how", [{"cordoned": True}, {"cordoned": True, "draining": True}])
+    def test_nobody_waits_for_a_node_that_takes_nothing_new(self, how: dict[str, bool]) -> None:
+        world, gone = self.lost_half_way()
+        drained = replace(world.snapshot.nodes[gone], **how)
         world.snapshot = replace(world.snapshot, nodes={**world.snapshot.nodes, gone: drained})
         world.until(JobState.RUNNING, passes=3)
 
@@ -458,13 +534,13 @@ class TestReturns:
         assert world.job().attempt == 2
 
     def test_after_a_failure_it_goes_on_where_it_was_though_others_are_fuller(self) -> None:
-        world = JobWorld(node("n1"), node("n2"), node("n3"))
+        world = JobWorld(*(replace(node(name), labels=(("zone", name),)) for name in ("n1", "n2")))
         world.submit(keeps=True)
         world.until(JobState.RUNNING)
         (home,) = [task.node for task in world.tasks()]
-        for number in range(5):
-            world.submit(f"other{number}")
-        world.step()
+        elsewhere = Constraints((("zone", {"n1": "n2", "n2": "n1"}[home]),))
+        world.submit("other", tasks=3, constraints=elsewhere)
+        world.until(JobState.RUNNING, "other")
         world.say("fit/tasks/0", TaskState.FAILED, message="Segmentation fault.", failure_reason="SIGNAL")
         for _ in range(4):
             world.step()

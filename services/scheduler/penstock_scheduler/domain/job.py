@@ -228,7 +228,7 @@ class Job:
         losses: of these, those after nodes or agents were lost.
         tasks_made: tasks over all attempts; the next one's number.
         not_before: it waits for its turn after a failure until then.
-        homes: nodes whose disks have its newest checkpoint, sorted: those of the attempt that ended last.
+        homes: nodes whose disks have its newest checkpoint, sorted: those of the last attempt that ran.
         start_time: when it was first placed.
         placed_time: when the present attempt was placed.
         ran: how long earlier attempts ran together.

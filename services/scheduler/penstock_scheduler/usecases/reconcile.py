@@ -211,7 +211,9 @@ class Reconciler:
 
     def _snapshot(self, stored: Stored) -> Snapshot:
         self._notice_pause()
-        expected = [n.name for n in stored.nodes.values() if n.state is NodeState.READY]
+        # Of a node that is LOST too: jobs may wait for it.
+        homes = {home for job in stored.jobs.values() for home in job.homes}
+        expected = [n.name for n in stored.nodes.values() if n.state is NodeState.READY or n.name in homes]
         return Snapshot(
             now=datetime.now(UTC),
             seed=secrets.token_hex(8),

@@ -53,6 +53,21 @@ class Seating:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Returns:
+    """Where jobs go on that ran before.
+
+    Attributes:
+        homes: by job, the nodes that have its newest checkpoint.
+        shunned: by job, the nodes that it takes last.
+        awaited: by job, why it waits for one of them to come back; it keeps its room on the others.
+    """
+
+    homes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    shunned: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    awaited: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(slots=True)
 class _Kept:
     """Room that is kept for a job: its nodes as if it ran there already, beside all that does."""
@@ -84,7 +99,7 @@ def room_for(usages: Iterable[Usage], need: Need, most: int) -> int:
 
 
 def place(
-    fleet: Fleet, waiting: Sequence[Job], accounts: Accounts, future: Future, awaited: Mapping[str, str]
+    fleet: Fleet, waiting: Sequence[Job], accounts: Accounts, future: Future, returns: Returns
 ) -> Seating:
     """Finds places for jobs that wait, each gang whole or not at all.
 
@@ -93,9 +108,9 @@ def place(
         waiting: jobs that are QUEUED and whose turn has come.
         accounts: what projects hold; places are counted there.
         future: what is promised to replicas; places are counted there, too.
-        awaited: by job that waits for a node to come back, why; its turn stays its own meanwhile.
+        returns: where those go on that ran before.
     """
-    seats = _Seats(fleet, accounts, future, awaited)
+    seats = _Seats(fleet, accounts, future, returns)
     for job in in_turn(waiting, lambda job: job.project, _order, accounts.share):
         seats.try_to_seat(job)
     return seats.seating()
@@ -108,11 +123,11 @@ def _order(job: Job) -> tuple[object, ...]:
 class _Seats:
     """The work of `place`."""
 
-    def __init__(self, fleet: Fleet, accounts: Accounts, future: Future, awaited: Mapping[str, str]) -> None:
+    def __init__(self, fleet: Fleet, accounts: Accounts, future: Future, returns: Returns) -> None:
         self._fleet = fleet
         self._accounts = accounts
         self._future = future
-        self._awaited = awaited
+        self._returns = returns
         self._kept: _Kept | None = None
         self._places: dict[str, tuple[Placement, ...]] = {}
         self._left: list[tuple[Job, bool]] = []
@@ -130,7 +145,12 @@ class _Seats:
                 self._quota_kept.add(job.project)
                 self._accounts.reserve(job.project, asks)
             return
-        seats = [] if job.id in self._awaited else self._seats(need, most, job.fewest, job.homes)
+        homes = self._returns.homes.get(job.id, ())
+        if job.id in self._returns.awaited:
+            self._left.append((job, False))
+            self._keep_at(homes, job, need)
+            return
+        seats = self._seats(need, most, job.fewest, homes, self._returns.shunned.get(job.id, ()))
         if len(seats) < job.fewest:
             self._left.append((job, False))
             if self._kept is None:
@@ -190,8 +210,8 @@ class _Seats:
                 return self._accounts.why_not(job.project, asks)
         if not self._fleet.usages:
             return "No node is attached; start a worker."
-        if job.id in self._awaited:
-            return self._awaited[job.id]
+        if job.id in self._returns.awaited:
+            return self._returns.awaited[job.id]
         need = need_of(job.gang)
         usages = (self._fleet.usages[row] for row in self._fleet.rows(need))
         count = room_for(usages, need, job.fewest)
@@ -231,7 +251,14 @@ class _Seats:
                 slots[row] = len(_fill([self._fleet.usages[row], *self._limits(node)], need, most))
         return slots
 
-    def _seats(self, need: Need, most: int, fewest: int, homes: Collection[str] = ()) -> list[Placement]:
+    def _seats(
+        self,
+        need: Need,
+        most: int,
+        fewest: int,
+        homes: Collection[str] = (),
+        shunned: Collection[str] = (),
+    ) -> list[Placement]:
         """Places for `most` tasks, or for as many as there are; fewer than `fewest` are of no use.
 
         Where the job ran before, as far as there is room. Else on as few nodes as can be; tasks that need no
@@ -240,11 +267,16 @@ class _Seats:
         slots = self._slots(need, most)
         if int(slots.sum()) < fewest:
             return []
-        known = [row for home in homes if (row := self._fleet.row_of.get(home)) is not None]
-        at_home = np.zeros_like(slots)
-        at_home[known] = slots[known]
-        found = self._pack(need, most, at_home)
-        return found + self._best(need, most - len(found), slots - at_home)
+        first, last = self._at(homes, slots), self._at(shunned, slots)
+        found = self._pack(need, most, first)
+        found += self._best(need, most - len(found), slots - first - last)
+        return found + self._pack(need, most - len(found), last)
+
+    def _at(self, nodes: Collection[str], slots: Numbers) -> Numbers:
+        rows = [row for node in nodes if (row := self._fleet.row_of.get(node)) is not None]
+        here = np.zeros_like(slots)
+        here[rows] = slots[rows]
+        return here
 
     def _best(self, need: Need, most: int, slots: Numbers) -> list[Placement]:
         if not need.resources.gpus:
@@ -277,6 +309,25 @@ class _Seats:
         return int(enough[keys[0]])
 
     # -- keeping room -----------------------------------------------------------------------------
+
+    def _keep_at(self, homes: Collection[str], job: Job, need: Need) -> None:
+        """Keeps room for a job where it was, beside all that is kept already."""
+        kept = self._kept or _Kept(job.id, {})
+        left = job.gang.tasks
+        for home in homes:
+            row = self._fleet.row_of.get(home)
+            if row is None:
+                continue
+            actual, limits = self._fleet.usages[row], self._limits(home)
+            view = kept.usages.get(home) or (limits or [actual])[0].copy()
+            devices = _fill([actual, *limits], need, left)
+            for number, each in enumerate(devices):
+                view.take(need.resources, each, f"kept {job.id} {number}")
+            if devices:
+                kept.usages[home] = view
+            left -= len(devices)
+        if kept.usages:
+            self._kept = kept
 
     def _keep(self, job: Job, need: Need) -> _Kept | None:
         """Keeps room for a job on the nodes where least is in the way; None if there will never be enough."""

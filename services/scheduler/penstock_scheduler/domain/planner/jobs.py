@@ -34,6 +34,9 @@ AGENT_RESTARTED = "AGENT_RESTARTED"
 GROWS = "it starts again with more of its tasks, for which there is room now."
 FINALIZING = "Its results are being made final."
 LONGEST_BACK_OFF = timedelta(seconds=60)
+MANY_ATTEMPTS = 5
+SHORT_ATTEMPT = timedelta(seconds=30)
+"""A job whose many attempts were short on average leaves its nodes: they may be what ends them."""
 _NOTHING = RegistryWord()
 
 
@@ -114,13 +117,26 @@ class JobDraft:
         """The jobs that wait for a place and whose turn has come."""
         return [job for job in self.jobs.values() if not job.cancelling and job.waits(self._now)]
 
-    def awaited(self, job: Job, nodes: Mapping[str, Node]) -> str:
+    def homes(self, job: Job) -> tuple[str, ...]:
+        """The nodes where a job that waits should go on."""
+        return () if _ends_soon(job) else job.homes
+
+    def shunned(self, job: Job) -> tuple[str, ...]:
+        """The nodes that it should leave, if there are others."""
+        return job.homes if _ends_soon(job) else ()
+
+    def awaited(self, job: Job, nodes: Mapping[str, Node], reports: Mapping[str, Report]) -> str:
         """Why a job waits for a node to come back; empty if it waits for none."""
-        for name in job.homes:
+        for name in self.homes(job):
             node = nodes.get(name)
-            if node is None or node.state is not NodeState.LOST or node.draining:
+            if node is None or node.state is not NodeState.LOST or node.cordoned:
                 continue
-            until = (node.last_seen_time or job.update_time) + timedelta(seconds=self._policy.return_seconds)
+            heard = node.last_seen_time or job.update_time
+            report = reports.get(name)
+            if report is not None and report.node is None:
+                # It could not be heard before this scheduler began to lead.
+                heard = max(heard, self._now - timedelta(seconds=report.silent_seconds))
+            until = heard + timedelta(seconds=self._policy.return_seconds)
             if self._now < until:
                 why = f"nodes/{name} may have its newest checkpoint"
                 return f"{why}, and is waited for until {until:%H:%M:%S} UTC."
@@ -326,19 +342,14 @@ class JobDraft:
             if node is not None and node.draining:
                 return self._begin_stop(job, Stop.YIELD, f"nodes/{task.node} is being drained.")
         if job.state is JobState.STARTING and all(task.state is not TaskState.STARTING for task in tasks):
-            return job.advance(JobState.RUNNING, self._now)
+            homes = tuple(sorted({task.node for task in tasks})) if job.gang.keeps else ()
+            return replace(job, homes=homes).advance(JobState.RUNNING, self._now)
         return job
 
     def _begin_stop(self, job: Job, stop: Stop, why: str) -> Job:
         self._order(job, Order.STOP if stop is Stop.YIELD else Order.END)
-        homes = self._nodes_of(job) if job.gang.keeps else ()
-        moved = replace(job, stop=stop, ran=job.ran_for(self._now), placed_time=None, homes=homes)
+        moved = replace(job, stop=stop, ran=job.ran_for(self._now), placed_time=None)
         return moved.advance(JobState.STOPPING, self._now, why)
-
-    def _nodes_of(self, job: Job) -> tuple[str, ...]:
-        """Where its attempt ran, with what was lost in this pass."""
-        here = (self.tasks[id_] for id_ in self._of[job.id])
-        return tuple(sorted({task.node for task in here if task.attempt == job.attempt}))
 
     def _finish(self, job: Job) -> Job:
         """The leading task has all there is to have, whatever became of the others."""
@@ -440,6 +451,10 @@ class JobDraft:
         """Keeps in mind what its tasks made, to be deleted when it has ended, unless it is its result."""
         fresh = [name for name in dict.fromkeys(self._made.get(job.id, ())) if name not in job.leftovers]
         return replace(job, leftovers=(*job.leftovers, *fresh)) if fresh else job
+
+
+def _ends_soon(job: Job) -> bool:
+    return job.attempt >= MANY_ATTEMPTS and job.ran < job.attempt * SHORT_ATTEMPT
 
 
 def _differs(old: object, new: object) -> bool:

@@ -9,7 +9,7 @@ from functools import partial
 
 from penstock_scheduler.domain.deployment import Deployment
 from penstock_scheduler.domain.job import Job, JobState
-from penstock_scheduler.domain.node import Node
+from penstock_scheduler.domain.node import Node, Report
 from penstock_scheduler.domain.planner import gangs, rank
 from penstock_scheduler.domain.planner.accounts import Accounts
 from penstock_scheduler.domain.planner.feasible import Holder, Need, Placement, Rejection, Usage
@@ -27,6 +27,7 @@ class Scene:
 
     Attributes:
         nodes: by name.
+        reports: the last word of each node's agent.
         deployments: by name.
         replicas: by id, those that are not STOPPED.
         before: the replicas of the snapshot.
@@ -37,6 +38,7 @@ class Scene:
     """
 
     nodes: Mapping[str, Node]
+    reports: Mapping[str, Report]
     deployments: Mapping[str, Deployment]
     replicas: Mapping[str, Replica]
     before: Mapping[str, Replica]
@@ -140,10 +142,14 @@ class Placer:
         """Gives places to jobs; whether or not any waits, jobs make room for replicas."""
         waiting = self._scene.jobs.waiting()
         future = self.future()
-        awaited = {
-            job.id: why for job in waiting if (why := self._scene.jobs.awaited(job, self._scene.nodes))
-        }
-        return gangs.place(self._fleet, waiting, self._accounts, future, awaited)
+        jobs, nodes, reports = self._scene.jobs, self._scene.nodes, self._scene.reports
+        awaited = {job.id: why for job in waiting if (why := jobs.awaited(job, nodes, reports))}
+        returns = gangs.Returns(
+            {job.id: jobs.homes(job) for job in waiting},
+            {job.id: jobs.shunned(job) for job in waiting},
+            awaited,
+        )
+        return gangs.place(self._fleet, waiting, self._accounts, future, returns)
 
     def has_room_for_more(self, job: Job) -> bool:
         """Whether another task of a job that runs would find a place."""

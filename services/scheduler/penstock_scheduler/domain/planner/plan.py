@@ -289,6 +289,7 @@ class _Draft:
     def _placer(self) -> Placer:
         scene = Scene(
             self._nodes,
+            self._snapshot.reports,
             self._deployments,
             self._replicas,
             self._snapshot.replicas,

@@ -17,9 +17,13 @@ depends_on: str | None = None
 
 
 def upgrade() -> None:
-    """Add the nodes; an earlier release places jobs anywhere."""
+    """Add the nodes, also to jobs that wait or run already; an earlier release places jobs anywhere."""
     op.add_column(
         "jobs",
         sa.Column("homes", JSONB, nullable=False, server_default=sa.text("'[]'")),
         schema="scheduler",
+    )
+    op.execute(
+        "UPDATE scheduler.jobs SET gang = jsonb_set(gang, '{keeps}', 'true')"
+        " WHERE kind IN ('train', 'compress', 'batch_predict')"
     )
