@@ -8,7 +8,7 @@ import functools
 import json
 import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -31,6 +31,7 @@ from penstock_kit.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    Reason,
     Unavailable,
 )
 from penstock_kit.threads import in_thread
@@ -45,6 +46,8 @@ LAST_PAUSE_SECONDS = 5.0
 FILE_SECONDS = 3600.0
 CHANGE_TRIES = 5
 """Of a change of a version that others change at the same time."""
+MADE_ANEW = 100
+"""Times at most that one thing is made, when what was made before is deleted."""
 _NAMESPACE = uuid.UUID("a7b2b7c4-3f0e-5d0e-9d4c-1f6f2a4b9c11")
 
 T = TypeVar("T")
@@ -155,7 +158,14 @@ class JobRegistry:
         *,
         job: str,
     ) -> version_pb2.Version:
-        """Upload a bundle as a new version, in UPLOADING; the same one for equal contents.
+        """Upload a bundle as a new version, in UPLOADING; the same one for the same job and contents.
+
+        Args:
+            model: models/{model}.
+            directory: The files of the bundle.
+            manifest: Its manifest.
+            labels: Of the version.
+            job: Tells the job that made it from all others, those of the same name included.
 
         Raises:
             PenstockError: As the registry says.
@@ -170,13 +180,9 @@ class JobRegistry:
             files=files,
             labels=labels,
             allow_create_model=True,
-            request_id=key,
         )
-        made = await self._patiently(lambda: self._models.CreateVersion(request))
-        if made.state not in (version_pb2.VERSION_STATE_UPLOADING, version_pb2.VERSION_STATE_READY):
-            # It was deleted: the job of that name before this one failed.
-            request.request_id = request_id(key, made.name)
-            made = await self._patiently(lambda: self._models.CreateVersion(request))
+        usable = (version_pb2.VERSION_STATE_UPLOADING, version_pb2.VERSION_STATE_READY)
+        made: version_pb2.Version = await self._make(self._models.CreateVersion, request, key, usable)
         if made.state == version_pb2.VERSION_STATE_UPLOADING:
             await self._upload(made, directory, _Way(self._send_version_file, self.version))
         return made
@@ -200,15 +206,33 @@ class JobRegistry:
         request = artifact_service_pb2.CreateArtifactRequest(
             parent=artifact,
             artifact=announced,
-            request_id=request_id(key, artifact, _fingerprint(files)),
         )
-        made = await self._patiently(lambda: self._artifacts.CreateArtifact(request))
-        if made.state == artifact_pb2.ARTIFACT_STATE_DELETED:
-            request.request_id = request_id(request.request_id, made.name)
-            made = await self._patiently(lambda: self._artifacts.CreateArtifact(request))
+        usable = (artifact_pb2.ARTIFACT_STATE_UPLOADING, artifact_pb2.ARTIFACT_STATE_READY)
+        first = request_id(key, artifact, _fingerprint(files))
+        made: artifact_pb2.Artifact = await self._make(self._artifacts.CreateArtifact, request, first, usable)
         if made.state == artifact_pb2.ARTIFACT_STATE_UPLOADING:
             await self._upload(made, directory, _Way(self._send_artifact_file, self.artifact))
         return made
+
+    async def _make(
+        self, create: Callable[[Any], Awaitable[Any]], request: Any, key: str, usable: Collection[int]
+    ) -> Any:
+        """Make what a key stands for, or get what was made for it; anew where that was deleted since.
+
+        Which key follows is known from what was deleted: who repeats the call comes to the same end.
+        """
+        for _ in range(MADE_ANEW):
+            request.request_id = key
+            made = await self._patiently(lambda: create(request))
+            if made.state in usable:
+                return made
+            key = request_id(key, made.name)
+        raise FailedPrecondition(
+            f"{made.name} was deleted, and so were {MADE_ANEW - 1} with the same contents before it. Choose "
+            "another name for the job.",
+            reason=Reason.WRONG_STATE,
+            metadata={"name": made.name},
+        )
 
     async def finalize_artifact(self, name: str) -> artifact_pb2.Artifact:
         """Make an artifact READY."""

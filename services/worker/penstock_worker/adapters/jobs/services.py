@@ -378,7 +378,7 @@ class TaskClerk:
             Path(fields["directory"]),
             manifest,
             fields["labels"],
-            job=self._job.name,
+            job=self._key,
         )
         return self._made(made.name)
 
@@ -392,9 +392,14 @@ class TaskClerk:
             announced,
             name if name.startswith("artifacts/") else f"artifacts/{name}",
             Path(fields["directory"]),
-            key=self._job.name,
+            key=self._key,
         )
         return self._made(made.name)
+
+    @property
+    def _key(self) -> str:
+        """What tells the job from all others: all its attempts have it, and no other job of its name."""
+        return f"{self._job.name} {self._desired.made}"
 
     def _made(self, name: str) -> dict[str, Any]:
         if name not in self.results:
