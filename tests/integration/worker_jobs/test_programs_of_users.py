@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock_worker.adapters.jobs.lineage import joined_digest
 from support.agent_world import World, alive, until
 from support.artifact_caller import ArtifactCaller
 from support.programs import SCRIPT, program
@@ -15,6 +16,7 @@ from support.task_events import Events
 async def test_a_program_gets_its_parameters_and_data_and_its_files_become_a_version(
     world: World, run_agent, registry, artifacts: ArtifactCaller, events: Events, tmp_path: Path
 ) -> None:
+    other = await artifacts.push("other", {"data.npz": b"more rows"})
     wanted = await program(
         artifacts,
         """
@@ -22,6 +24,7 @@ async def test_a_program_gets_its_parameters_and_data_and_its_files_become_a_ver
         from pathlib import Path
         from penstock import training
 
+        assert (training.dataset("other").path / "data.npz").read_bytes() == b"more rows"
         assert training.parameters() == {"depth": 3, "rate": 0.5, "layers": [1, 2]}
         assert (training.dataset().path / "data.npz").read_bytes() == b"rows"
         assert (training.seed(), training.rank(), training.world_size()) == (7, 0, 1)
@@ -47,8 +50,9 @@ async def test_a_program_gets_its_parameters_and_data_and_its_files_become_a_ver
         assert version.state == 1, "made final by the scheduler alone"
         lineage = version.manifest.lineage
         assert (lineage.job, lineage.operation, lineage.seed) == ("jobs/j", "train", 7)
-        assert list(lineage.datasets) == [wanted.train.dataset]
-        assert lineage.data_digest == (await artifacts.get(wanted.train.dataset)).digest
+        assert list(lineage.datasets) == [wanted.train.dataset, other.name]
+        own = await artifacts.get(wanted.train.dataset)
+        assert lineage.data_digest == joined_digest([own.digest, other.digest])
         assert lineage.code_digest == (await artifacts.get(wanted.train.script.code)).digest
         assert {"python", "torch", "penstock"} <= set(lineage.environment)
         assert lineage.parameters["depth"] == "3"

@@ -420,9 +420,15 @@ class TaskClerk:
                 await self._artifact(name)
             lineage.datasets[at] = self._artifacts[name].name
             digests.append(self._artifacts[name].digest)
+        code = self._artifacts.get(self._job.train.script.code) if self._desired.user_code else None
+        if self._desired.user_code:
+            # A program may ask for more than the job names; what its ranks were given here is its data, too.
+            given = {one.name: one.digest for one in self._artifacts.values() if one != code}
+            for name in sorted(given.keys() - set(lineage.datasets)):
+                lineage.datasets.append(name)
+                digests.append(given[name])
         if digests:
             lineage.data_digest = joined_digest(digests)
-        code = self._artifacts.get(self._job.train.script.code) if self._desired.user_code else None
         lineage.code_digest = code.digest if code is not None else await in_thread(code_digest)
         lineage.seed = lineage.seed or seed
         for key, value in environment(self._processor).items():
