@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -11,14 +12,20 @@ from pathlib import Path
 LIBRARIES = ("torch", "torchao", "onnxruntime", "scikit-learn", "numpy")
 
 
+CODE = ("penstock_worker", "penstock_kit.jobs", "penstock.datasets")
+"""Packages that do the work: the worker, what a recipe means where it leaves something out, and what reads
+datasets."""
+
+
 @functools.cache
 def code_digest() -> str:
-    """Return the digest of the programs that do the work: of all modules of the worker. Blocking once."""
-    root = Path(__file__).parents[2]
+    """Return the digest of the programs that do the work: of all modules of `CODE`. Blocking once."""
     digest = hashlib.sha256(f"penstock {importlib.metadata.version('penstock')}\n".encode())
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for package in CODE:
+        for root in map(Path, importlib.import_module(package).__path__):
+            for path in sorted(root.rglob("*.py")):
+                digest.update(f"{package}/{path.relative_to(root).as_posix()}\n".encode())
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
     return f"sha256:{digest.hexdigest()}"
 
 
