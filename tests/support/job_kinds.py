@@ -110,7 +110,9 @@ def together(context: JobContext) -> None:
     last = context.last_checkpoint()
     step = last[0] if last else 0
     if last is not None:
-        assert (last[1] / f"rank-{context.rank}").read_text() == str(step)
+        ranks = int((last[1] / "rank-0").read_text().split()[1])
+        for rank in range(ranks):
+            assert (last[1] / f"rank-{rank}").read_text() == f"{step} {ranks}"
     trace = Path(labels["trace"])
     try:
         while step < int(labels["to"]):
@@ -145,9 +147,9 @@ def hold_together(path: Path) -> None:
 
 
 def save_together(context: JobContext, step: int) -> None:
-    """Each rank writes its own file."""
+    """Each rank writes its own file: the step, and how many ranks there are."""
     directory = context.new_checkpoint(step)
-    (directory / f"rank-{context.rank}").write_text(str(step))
+    (directory / f"rank-{context.rank}").write_text(f"{step} {context.world_size}")
     context.commit_checkpoint(step)
 
 

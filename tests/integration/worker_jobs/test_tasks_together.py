@@ -74,6 +74,26 @@ async def test_two_tasks_go_on_from_a_checkpoint_of_both_when_a_rank_of_one_is_k
         assert len(steps) - len(set(steps)) <= INTERVAL + 1
 
 
+async def test_what_fewer_tasks_have_written_is_gone_on_from_when_the_others_come(
+    world: World, run_agent, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    wanted = job("together", to=40, every=INTERVAL, trace=trace, hold=22)
+    wanted.min_nodes = 1
+    async with run_agent(torch=True):
+        leader = world.want_task(wanted, index=0, tasks=2)
+        # Without the other after LAST_CALL_SECONDS.
+        await until(lambda: any(step == 22 for step, *_ in together(trace)))
+        address = world.observed_task(leader.name).rendezvous
+        follower = world.want_task(wanted, 1, index=1, tasks=2, rendezvous=address)
+        await until(lambda: any(ranks == 2 for *_, ranks in together(trace)))
+        (tmp_path / "trace.go").touch()
+        seen = await world.task_state(leader.name, "SUCCEEDED")
+        await world.task_state(follower.name, "SUCCEEDED")
+    assert dict(seen.report) == {"counted": 40, "world_size": 2}
+    assert min(step for step, _, _, ranks in together(trace) if ranks == 2) == 21
+
+
 async def test_ranks_that_were_done_begin_again_when_the_first_is_killed_while_it_publishes(
     world: World, run_agent, artifacts: ArtifactCaller, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints in parts, one for each task of an attempt: which one all tasks can go on from.
+"""Checkpoints in parts, one for each task of the group that wrote it: which one all tasks can go on from.
 
 A part is on the disk of the node that wrote it, and some time later in the registry, too. A checkpoint can be
 gone on from if each of its parts can be had from somewhere; parts of different writings never go together.

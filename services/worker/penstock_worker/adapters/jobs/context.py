@@ -176,12 +176,18 @@ class RankContext:
 
     def commit_checkpoint(self, step: int) -> None:
         """See `JobContext`."""
-        done = self.line.call("commit_checkpoint", step=int(step), round=os.environ.get(ROUND_VARIABLE, ""))
-        if self.config.tasks > 1 and done["complete"]:
-            tasks = int(os.environ["GROUP_WORLD_SIZE"])
-            # Whoever is last says that all have their part.
-            if self._shared().add(f"checkpoint/{int(step)}", 1) % tasks == 0:
-                self.line.note("checkpoint", step=int(step))
+        places = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        done = self.line.call(
+            "commit_checkpoint",
+            step=int(step),
+            round=os.environ.get(ROUND_VARIABLE, ""),
+            place=int(os.environ.get("GROUP_RANK", "0")),
+            places=places,
+        )
+        several = self.config.tasks > 1 and done["complete"]
+        # Whoever is last says that all have their part.
+        if several and self._shared().add(f"checkpoint/{int(step)}", 1) % places == 0:
+            self.line.note("checkpoint", step=int(step))
         self._checkpoint_at = time.monotonic()
 
     def last_checkpoint(self) -> tuple[int, Path] | None:

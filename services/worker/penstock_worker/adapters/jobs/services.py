@@ -134,7 +134,9 @@ class TaskClerk:
                 path = await in_thread(self._room.store.begin, int(fields["step"]), self._group(generation))
                 return {"path": str(path)}
             case "commit_checkpoint":
-                return await self._commit(int(fields["step"]), str(fields["round"]), rank, generation)
+                # A group may be smaller than the attempt: its parts are as many as it has places.
+                writing = Writing(int(fields["step"]), str(fields["round"]), int(fields["places"]))
+                return await self._commit(writing, int(fields["place"]), rank, generation)
             case "last_checkpoint":
                 found = await self._last(generation)
                 return {"step": found[0], "path": str(found[1])} if found else {}
@@ -281,11 +283,10 @@ class TaskClerk:
 
     # Checkpoints.
 
-    async def _commit(self, step: int, round_: str, rank: int, generation: int) -> dict[str, Any]:
-        desired, room = self._desired, self._room
+    async def _commit(self, writing: Writing, part: int, rank: int, generation: int) -> dict[str, Any]:
+        desired, room, step = self._desired, self._room, writing.step
         path = room.store.directory / f"{step}.partial"
-        writing = Writing(step, round_, desired.tasks)
-        await in_thread(room.mark_part, path, writing, desired.index)
+        await in_thread(room.mark_part, path, writing, part)
         complete = await in_thread(room.store.commit, step, rank, desired.ranks, self._group(generation))
         if complete:
             self._restored.clear()
@@ -293,7 +294,7 @@ class TaskClerk:
             if desired.tasks == 1:
                 self._note_checkpoint(step, "")
             note = self._note_checkpoint
-            room.uploads.send(Part(writing, desired.index, final, desired.attempt, note, desired.made))
+            room.uploads.send(Part(writing, part, final, desired.attempt, note, desired.made))
         return {"complete": complete}
 
     def _note_checkpoint(self, step: int, artifact: str) -> None:
