@@ -16,6 +16,7 @@ from google.protobuf.empty_pb2 import Empty
 from penstock.common.v1 import resources_pb2
 from penstock.registry.v1 import (
     artifact_pb2,
+    artifact_service_pb2,
     artifact_service_pb2_grpc,
     manifest_pb2,
     model_pb2,
@@ -56,6 +57,7 @@ class CannedRegistry(
     def __init__(self) -> None:
         self.finalized: list[str] = []
         self.deleted: list[str] = []
+        self.checkpoints: dict[str, list[artifact_pb2.Artifact]] = {}
         self.refusal: PenstockError | None = None
         self.versions: dict[str, version_pb2.Version] = {}
         self.alias_of: dict[str, dict[str, int]] = {}
@@ -124,6 +126,10 @@ class CannedRegistry(
         maker = "jobs/other" if name.startswith("artifacts/foreign/") else "jobs/fit"
         kind = artifact_pb2.ARTIFACT_KIND_DATASET
         return artifact_pb2.Artifact(name=name, state=artifact_pb2.ARTIFACT_STATE_READY, job=maker, kind=kind)
+
+    async def ListArtifacts(self, request: Any, context: Any) -> artifact_service_pb2.ListArtifactsResponse:
+        found = self.checkpoints.get(request.parent, ())
+        return artifact_service_pb2.ListArtifactsResponse(artifacts=found)
 
     async def GetVersion(self, request: Any, context: Any) -> version_pb2.Version:
         """All that nobody pushed was made by the job of the tests."""

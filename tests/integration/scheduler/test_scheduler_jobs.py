@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
+from penstock.registry.v1 import artifact_pb2
 from penstock.scheduler.v1 import job_pb2, job_service_pb2, job_work_pb2, scheduler_service_pb2
 from penstock_kit.errors import (
     AlreadyExists,
@@ -148,6 +149,27 @@ async def test_an_ended_job_is_deleted_with_its_name_free_and_its_tasks_counted_
     running = await client.until_job("RUNNING")
     # Were it 0 again, an agent that still knows the earlier one could take them for each other.
     assert running.tasks[0].name == "jobs/fit/tasks/1"
+
+
+async def test_checkpoints_of_which_a_deleted_job_never_heard_go_with_it(bench: Any, client: Any) -> None:
+    agent = await bench.agent(cpu_millis=8000)
+    await client.create_job(nodes=2)
+    await client.until_job("RUNNING")
+    made = (await client.job()).create_time.ToNanoseconds()
+    name = "artifacts/job-fit-checkpoint"
+    bench.registry.checkpoints = {
+        parent: [
+            artifact_pb2.Artifact(name=f"{parent}/versions/{number}", labels=labels)
+            for number, labels in enumerate(({}, {"made": str(made)}, {"made": str(made + 1)}), 1)
+        ]
+        for parent in (name, f"{name}-1")
+    }
+    agent.say_task("jobs/fit/tasks/0", "SUCCEEDED")
+    await client.until_job("SUCCEEDED")
+    await client.jobs.DeleteJob(job_service_pb2.DeleteJobRequest(name="jobs/fit"))
+    # The last is of the next job of this name.
+    parts = f"{name}-1/versions/1", f"{name}-1/versions/2", f"{name}/versions/1", f"{name}/versions/2"
+    assert sorted(bench.registry.deleted) == sorted(parts)
 
 
 async def test_jobs_are_listed_newest_first_in_pages(client: Any) -> None:

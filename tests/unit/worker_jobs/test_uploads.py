@@ -11,9 +11,10 @@ import pytest
 
 from penstock.registry.v1 import artifact_pb2
 from penstock_kit.errors import FailedPrecondition, Unavailable
+from penstock_kit.jobs.checkpoints import checkpoint_artifact
 from penstock_worker.adapters.jobs import uploads
 from penstock_worker.adapters.jobs.checkpoints import CheckpointStore
-from penstock_worker.adapters.jobs.uploads import READY, UPLOADING, Part, Uploads, checkpoint_artifact
+from penstock_worker.adapters.jobs.uploads import READY, UPLOADING, Part, Uploads
 from penstock_worker.domain.checkpoint import Writing
 from support.agent_world import until
 

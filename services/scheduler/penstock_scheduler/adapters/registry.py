@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from penstock.registry.v1 import (
     artifact_pb2,
@@ -15,7 +16,9 @@ from penstock.registry.v1 import (
 )
 from penstock.registry.v1 import registry_service_pb2 as pb
 from penstock_kit.errors import DeadlineExceeded, FailedPrecondition, NotFound, Reason, Unavailable
+from penstock_kit.jobs.checkpoints import checkpoint_artifact, made_of
 from penstock_scheduler.adapters.documents import version_from_message
+from penstock_scheduler.domain.job import Job
 from penstock_scheduler.domain.version import Version
 from penstock_scheduler.usecases.ports import AliasNow
 
@@ -133,6 +136,34 @@ class GrpcRegistry:
             return
         except DeadlineExceeded as error:
             raise _late(DELETE_TIMEOUT_SECONDS) from error
+
+    async def checkpoints(self, job: Job) -> Sequence[str]:
+        """See `ResultStore.checkpoints`."""
+        made = Timestamp()
+        made.FromDatetime(job.create_time)
+        found: list[str] = []
+        for part in range(job.gang.tasks):
+            # Whoever deletes it twice may meet those of the next job of its name.
+            found += [
+                one.name
+                async for one in self._versions_of(checkpoint_artifact(job.id, part))
+                if made_of(one.labels) <= made.ToNanoseconds()
+            ]
+        return found
+
+    async def _versions_of(self, checkpoint: str) -> AsyncIterator[artifact_pb2.Artifact]:
+        kind = artifact_pb2.ARTIFACT_KIND_CHECKPOINT
+        request = artifact_service_pb2.ListArtifactsRequest(parent=checkpoint, kind=kind)
+        while True:
+            try:
+                page = await self._artifacts.ListArtifacts(request, timeout=RESOLVE_TIMEOUT_SECONDS)
+            except DeadlineExceeded as error:
+                raise _late(RESOLVE_TIMEOUT_SECONDS) from error
+            for one in page.artifacts:
+                yield one
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
 
     async def _check_maker(self, name: str, job_id: str) -> None:
         """Raises FailedPrecondition if the registry has it as made by another than the job."""

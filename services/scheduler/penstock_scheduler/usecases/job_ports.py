@@ -171,3 +171,10 @@ class ResultStore(Protocol):
             FailedPrecondition, InvalidArgument: somebody uses it, the job did not make it, or it is no name.
             Unavailable: the registry cannot be reached.
         """
+
+    async def checkpoints(self, job: Job) -> Sequence[str]:
+        """Names of the checkpoints that a job, or a deleted one of its name, has sent or is sending.
+
+        Raises:
+            Unavailable: the registry cannot be reached.
+        """

@@ -168,9 +168,9 @@ class Jobs:
         """
         async with self._works() as work:
             job = await self._ended(work, job_id)
-            names = {*job.leftovers, *await work.jobs.checkpoints(job)} - set(job.results)
+            names = {*job.leftovers, *await work.jobs.checkpoints(job)}
         # First what only the job knows of, outside of transactions; a second try finds it gone.
-        await self._delete_made(job_id, names)
+        await self._delete_made(job, names)
         async with self._works() as work:
             again = await self._ended(work, job_id)
             if again.create_time == job.create_time:
@@ -188,25 +188,27 @@ class Jobs:
         """
         async with self._works() as work:
             job = await self._ended(work, job_id)
-            names = set(await work.jobs.checkpoints(job)) - set(job.results)
-        await self._delete_made(job_id, names)
+            names = set(await work.jobs.checkpoints(job))
+        await self._delete_made(job, names)
         async with self._works() as work:
             again = await self._ended(work, job_id)
             if again.create_time == job.create_time:
                 await work.jobs.forget_details(again)
                 await work.commit()
 
-    async def _delete_made(self, job_id: str, names: Collection[str]) -> None:
+    async def _delete_made(self, job: Job, names: Collection[str]) -> None:
+        """Deletes what is no result, checkpoints included whose upload ended, or ends, after the job."""
         limit = asyncio.Semaphore(DELETED_AT_ONCE)
+        sent = await self._results.checkpoints(job) if job.attempt else ()
 
         async def delete(name: str) -> None:
             async with limit:
                 try:
-                    await self._results.delete(name, job_id)
+                    await self._results.delete(name, job.id)
                 except (FailedPrecondition, InvalidArgument) as error:
-                    log.warning("what job %s left behind, %s, stays: %s", job_id, name, error)
+                    log.warning("what job %s left behind, %s, stays: %s", job.id, name, error)
 
-        await asyncio.gather(*(delete(name) for name in sorted(names)))
+        await asyncio.gather(*(delete(name) for name in sorted({*names, *sent} - set(job.results))))
 
     async def _say_changed(self, job_id: str) -> None:
         self._wakeup.wake()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from penstock.registry.v1 import artifact_pb2
 from penstock_kit.errors import Unavailable
+from penstock_kit.jobs.checkpoints import checkpoint_artifact
 from penstock_kit.threads import in_thread
 from penstock_worker.adapters.jobs.checkpoints import PART_FILE, CheckpointStore, join
 from penstock_worker.adapters.jobs.config import DECODED
@@ -22,7 +23,6 @@ from penstock_worker.adapters.jobs.uploads import (
     Spawn,
     Uploads,
     age_of,
-    checkpoint_artifact,
     writing_of,
 )
 from penstock_worker.domain.checkpoint import Choice, Writing

@@ -18,6 +18,7 @@ from typing import Any
 
 from penstock.registry.v1 import artifact_pb2
 from penstock_kit.errors import PenstockError, Unavailable
+from penstock_kit.jobs.checkpoints import MADE, checkpoint_artifact, made_of
 from penstock_worker.adapters.jobs.checkpoints import CheckpointStore
 from penstock_worker.adapters.jobs.registry import JobRegistry, described
 from penstock_worker.domain.checkpoint import Writing
@@ -33,8 +34,6 @@ ANNOUNCED_SECONDS = 30.0
 """How long task 0 waits for the others to begin; one whose agent was restarted never does."""
 COMPLETE_SECONDS = 600.0
 """How long it waits for them to end."""
-MADE = "made"
-"""Label of an artifact: when its job was made, which tells it from those of deleted jobs of the same name."""
 FOLLOWED = 4
 """Checkpoints that a task keeps for task 0 to choose from."""
 
@@ -246,11 +245,6 @@ class Uploads:
             look = min(1.5 * look, LAST_LOOK_SECONDS)
 
 
-def checkpoint_artifact(job: str, part: int) -> str:
-    """Return the name of the artifact that part `part` of a job's checkpoints are versions of."""
-    return f"artifacts/job-{job}-checkpoint" + (f"-{part}" if part else "")
-
-
 def writing_of(artifact: artifact_pb2.Artifact) -> Writing:
     """Return of which checkpoint an artifact is a part."""
     labels = artifact.labels
@@ -266,10 +260,10 @@ def age_of(artifact: artifact_pb2.Artifact, made: int) -> Age:
         artifact: The checkpoint, or a part of one.
         made: When the job was made, in nanoseconds of Unix time; 0 if nobody knows, and all are its own.
     """
-    said = artifact.labels.get(MADE, "")
-    if not made or said == str(made):
+    said = made_of(artifact.labels)
+    if not made or said == made:
         return Age.OWN
-    if said.isdecimal():
-        return Age.EARLIER if int(said) < made else Age.LATER
+    if said:
+        return Age.EARLIER if said < made else Age.LATER
     older = artifact.HasField("create_time") and artifact.create_time.ToNanoseconds() < made
     return Age.EARLIER if older else Age.OWN
