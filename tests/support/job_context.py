@@ -26,6 +26,7 @@ from google.protobuf import json_format
 
 from penstock.registry.v1 import artifact_pb2, manifest_pb2, version_pb2
 from penstock.scheduler.v1 import job_pb2
+from penstock_kit.errors import NotFound, ResourceExhausted
 from penstock_worker.domain.runtime import Mesh
 from penstock_worker.usecases.job_context import FetchedDataset, FetchedVersion, JobFailure, Stopped
 
@@ -161,8 +162,12 @@ class FileJobContext:
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
-    def dataset(self, name: str) -> FetchedDataset:
+    def dataset(self, name: str, *, most_bytes: int = 0) -> FetchedDataset:
+        if name not in self._datasets:
+            raise NotFound(f"There is no {name}.")
         found = self._datasets[name]
+        if most_bytes and found.artifact.size_bytes > most_bytes:
+            raise ResourceExhausted(f"{name} is too large.")
         return dataclasses.replace(found, decoded=self.root / "decoded" / found.path.name)
 
     def version(self, name: str) -> FetchedVersion:

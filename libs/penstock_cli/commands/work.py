@@ -171,7 +171,8 @@ def convert(
     options: JobOptions,
     model: ToModel = "",
     dataset: Annotated[
-        str, typer.Option(help="Compare answers on its rows; without it, on rows drawn from the signature.")
+        str,
+        typer.Option(help="Compare answers on its rows; without it, on those that the version learnt from."),
     ] = "",
     tolerance: Annotated[
         float, typer.Option(min=0, help="How far answers may differ, relative; 0 means 0.001.")

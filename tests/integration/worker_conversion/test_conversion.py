@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from penstock_worker.adapters.conversion import comparison, job
 from penstock_worker.adapters.measuring import open_version
 from penstock_worker.usecases.job_context import FetchedVersion, JobFailure, Stopped
-from support.conversions import VERSION, context_of, convert
+from support.conversions import DATASET, VERSION, context_of, convert
 from support.measured import build_skops, digits_dataset, iris_dataset
 from support.models import (
     build_digits_cnn,
@@ -54,6 +54,29 @@ def test_a_network_becomes_onnx_with_the_signature_and_the_batches_of_its_source
     images, _ = digits_test_set()
     source = answers(FetchedVersion(tmp_path / "cnn", found.version.__class__(manifest=manifest)), x=images)
     np.testing.assert_allclose(answers(found, x=images)["y"], source["y"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("known", "most_bytes", "asked"),
+    [("digits", 1 << 30, True), ("digits", 1, False), ("iris", 1 << 30, False), ("", 1 << 30, False)],
+    ids=["at hand", "too large", "of another kind", "deleted"],
+)
+def test_without_a_dataset_both_are_asked_what_the_version_learnt_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: str, most_bytes: int, asked: bool
+) -> None:
+    monkeypatch.setattr(job, "LEARNT_BYTES", most_bytes)
+    manifest = build_digits_cnn(tmp_path / "cnn", steps=1)
+    manifest.lineage.datasets.append(DATASET)
+    given = {"digits": digits_dataset, "iris": iris_dataset}
+    dataset = given[known](tmp_path / "data") if known else None
+    context = context_of(tmp_path, tmp_path / "cnn", manifest, "safetensors", dataset=dataset)
+    context.job.convert.dataset = ""
+    job.run(context)
+    (found,) = context.published()
+    assert list(found.version.manifest.lineage.datasets) == ([DATASET] if asked else [])
+    assert context.found()["dataset"] == (DATASET if asked else "")
+    log = context.root / "log.jsonl"
+    assert (log.exists() and f"{DATASET} cannot be asked" in log.read_text()) is not asked
 
 
 def test_a_pipeline_with_a_forest_becomes_onnx(tmp_path: Path) -> None:

@@ -395,7 +395,9 @@ class ConvertWork(_message.Message):
     model: _builtins.str
     """Optional. models/{model} that gets the new version; empty means the same model."""
     dataset: _builtins.str
-    """Optional. Dataset whose rows both answer; without one, inputs are drawn from the signature."""
+    """Optional. Dataset whose rows both answer; empty means the one that the version learnt from, up to 1 GiB;
+    where there is none, inputs are drawn from the signature.
+    """
     tolerance: _builtins.float
     """Optional. How far answers may differ, relative to the larger; 0 means 0.001."""
     @_builtins.property

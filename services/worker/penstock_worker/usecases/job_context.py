@@ -117,8 +117,13 @@ class JobContext(Protocol):
     def scratch(self) -> Path:
         """A directory of this rank for what need not survive."""
 
-    def dataset(self, name: str) -> FetchedDataset:
-        """Fetch a dataset; what this node has already is not fetched again."""
+    def dataset(self, name: str, *, most_bytes: int = 0) -> FetchedDataset:
+        """Fetch a dataset; what this node has already is not fetched again.
+
+        Args:
+            name: Of the dataset.
+            most_bytes: A larger one is refused (ResourceExhausted), not fetched; 0 for any size.
+        """
 
     def version(self, name: str) -> FetchedVersion:
         """Fetch the bundle of a version, likewise."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from penstock.registry.v1 import manifest_pb2
-from penstock_kit.errors import InvalidArgument
+from penstock_kit.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from penstock_kit.jobs import convert
 from penstock_worker.adapters.conversion.comparison import Comparison, compare, require_alike
 from penstock_worker.adapters.conversion.source import COMPANIONS, Source, exported_program
@@ -22,6 +22,8 @@ from penstock_worker.adapters.runtimes.torch_runtime import COMPILED_FOR, compil
 from penstock_worker.hotpath.execution import ModelError
 from penstock_worker.usecases.job_context import JobContext, JobFailure
 
+LEARNT_BYTES = 1 << 30
+"""A dataset that nobody named is fetched up to this size."""
 # From which formats a format can be had.
 SOURCES: Mapping[str, frozenset[str]] = {
     "pt2": frozenset({"torchscript", "safetensors"}),
@@ -54,16 +56,17 @@ def run(context: JobContext) -> None:
     directory = context.scratch / "result"
     with open_fetched(context, fetched) as opened:
         check_stop(context)
+        inputs, dataset = _inputs(context, opened, fetched.version.manifest)
         context.progress(0, 0, "rows", f"converting to {plan.format}")
         source = Source.of(opened)
         try:
-            manifest, found, size = _convert(context, plan, opened, source, directory)
+            manifest, found, size = _convert(context, plan, opened, inputs, source, directory)
         except JobFailure:
             if not _has_second_way(source):
                 raise
-            manifest, found, size = _convert(context, plan, opened, source, directory, single=True)
+            manifest, found, size = _convert(context, plan, opened, inputs, source, directory, single=True)
         before = opened.size_bytes
-    _describe(manifest, source, plan, work.dataset)
+    _describe(manifest, source, plan, dataset)
     context.progress(found.rows, found.rows, "rows", "publishing")
     model = work.model or fetched.version.name.partition("/versions/")[0]
     name = context.publish_version(model, directory, manifest)
@@ -73,6 +76,7 @@ def run(context: JobContext) -> None:
             "format": plan.format,
             "result": name,
             "rows": found.rows,
+            "dataset": dataset,
             "difference": found.difference,
             "tolerance": plan.tolerance,
             "output": found.output,
@@ -87,6 +91,7 @@ def _convert(
     context: JobContext,
     plan: convert.Plan,
     opened: OpenedVersion,
+    inputs: Inputs,
     source: Source,
     directory: Path,
     *,
@@ -99,7 +104,7 @@ def _convert(
     manifest = write_result(source, plan, directory, scratch=context.scratch, device=device, single=single)
     check_stop(context)
     with _open_result(context, plan.format, directory, manifest) as result:
-        found = _compare(context, plan, opened, result)
+        found = _compare(context, plan, opened, inputs, result)
         size = result.size_bytes
     require_alike(found, plan.tolerance, f"{source.name} as {plan.format}")
     return manifest, found, size
@@ -211,10 +216,29 @@ def _open_result(
     )
 
 
+def _inputs(
+    context: JobContext, opened: OpenedVersion, manifest: manifest_pb2.Manifest
+) -> tuple[Inputs, str]:
+    """Return what both are asked, and the dataset that it is of.
+
+    Without a dataset in the job it is the one that the version learnt from, if that can be had.
+    """
+    given = context.job.convert.dataset
+    if given:
+        return Inputs(context, opened, given), given
+    for learnt in manifest.lineage.datasets[:1]:
+        try:
+            inputs = Inputs(context, opened, learnt, most_bytes=LEARNT_BYTES)
+            inputs(1)
+            return inputs, learnt
+        except (FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, JobFailure) as error:
+            context.log(f"Inputs are drawn from the signature, as {learnt} cannot be asked: {error}")
+    return Inputs(context, opened, ""), ""
+
+
 def _compare(
-    context: JobContext, plan: convert.Plan, opened: OpenedVersion, result: OpenedVersion
+    context: JobContext, plan: convert.Plan, opened: OpenedVersion, inputs: Inputs, result: OpenedVersion
 ) -> Comparison:
-    inputs = Inputs(context, opened, context.job.convert.dataset)
     rows = int(plan.parameters["rows"])
 
     def progress(done: int, total: int) -> None:

@@ -114,9 +114,9 @@ class RankContext:
         self._scratch.mkdir(parents=True, exist_ok=True)
         return self._scratch
 
-    def dataset(self, name: str) -> FetchedDataset:
+    def dataset(self, name: str, *, most_bytes: int = 0) -> FetchedDataset:
         """See `JobContext`."""
-        found = self.line.call("artifact", name=name)
+        found = self.line.call("artifact", name=name, most_bytes=most_bytes)
         path = Path(found["path"])
         # The directory in the cache bears the digest's digits.
         return FetchedDataset(

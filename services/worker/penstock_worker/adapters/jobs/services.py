@@ -13,7 +13,7 @@ from typing import Any
 
 from penstock.registry.v1 import artifact_pb2, manifest_pb2, version_pb2
 from penstock.scheduler.v1 import job_pb2
-from penstock_kit.errors import InvalidArgument, PenstockError
+from penstock_kit.errors import InvalidArgument, PenstockError, ResourceExhausted
 from penstock_kit.threads import in_thread
 from penstock_worker.adapters.jobs.agreement import choice_from, to_fields
 from penstock_worker.adapters.jobs.checkpoints import join
@@ -127,7 +127,7 @@ class TaskClerk:
         generation += self._starts * GENERATIONS
         match op:
             case "artifact":
-                return await self._artifact(str(fields["name"]))
+                return await self._artifact(str(fields["name"]), int(fields.get("most_bytes", 0)))
             case "version":
                 return await self._version(str(fields["name"]))
             case "new_checkpoint":
@@ -238,11 +238,15 @@ class TaskClerk:
 
     # Fetching.
 
-    async def _artifact(self, name: str) -> dict[str, Any]:
+    async def _artifact(self, name: str, most_bytes: int = 0) -> dict[str, Any]:
         async with self._locks[name]:
             if name not in self._artifacts:
                 full = name if "/" in name else f"artifacts/{name}"
                 found = await self._registry.artifact(full)
+                if most_bytes and found.size_bytes > most_bytes:
+                    raise ResourceExhausted(
+                        f"{found.name} has {found.size_bytes:,} bytes, of {most_bytes:,}."
+                    )
                 self._paths[name] = await self._lease(found.name, found.digest, b"", found.files)
                 self._artifacts[name] = found
         packed = base64.b64encode(self._artifacts[name].SerializeToString()).decode()

@@ -43,18 +43,20 @@ class Inputs:
         context: Of the job.
         opened: The version.
         dataset: Name of the dataset; empty for none.
+        most_bytes: A larger dataset is refused; 0 for any size.
 
     Raises:
         JobFailure: INVALID_DATA: the dataset does not fit the version.
     """
 
-    def __init__(self, context: JobContext, opened: OpenedVersion, dataset: str) -> None:
+    def __init__(
+        self, context: JobContext, opened: OpenedVersion, dataset: str, *, most_bytes: int = 0
+    ) -> None:
         self._signature = opened.signature
         self._questions: Questions | None = None
         if dataset:
-            data = open_dataset(
-                context.dataset(dataset), held_out=0.0, require_label=False, scratch=context.scratch
-            )
+            fetched = context.dataset(dataset, most_bytes=most_bytes)
+            data = open_dataset(fetched, held_out=0.0, require_label=False, scratch=context.scratch)
             self._questions = questions_of(opened.signature, data, data.train, directory=opened.directory)
 
     @property
