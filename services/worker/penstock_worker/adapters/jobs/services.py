@@ -245,7 +245,7 @@ class TaskClerk:
                 found = await self._registry.artifact(full)
                 if most_bytes and found.size_bytes > most_bytes:
                     raise ResourceExhausted(
-                        f"{found.name} has {found.size_bytes:,} bytes, of {most_bytes:,}."
+                        f"{found.name} has {found.size_bytes:,} bytes, over {most_bytes:,}."
                     )
                 self._paths[name] = await self._lease(found.name, found.digest, b"", found.files)
                 self._artifacts[name] = found
