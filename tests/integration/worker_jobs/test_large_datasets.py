@@ -1,7 +1,6 @@
 """A dataset that nobody named is not fetched at any size."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -9,8 +8,8 @@ from penstock.registry.v1 import artifact_pb2
 from penstock_kit.errors import ResourceExhausted
 from penstock_kit.rpc import open_channel
 from penstock_worker.adapters.jobs.registry import JobRegistry
-from penstock_worker.adapters.jobs.services import TaskClerk
 from penstock_worker.domain.task import DesiredTask
+from support.clerks import clerk_of
 from support.registry_world import Registry
 
 
@@ -26,19 +25,9 @@ async def test_a_dataset_larger_than_a_job_bears_is_refused_before_it_is_fetched
         tmp_path,
         key="k",
     )
-    # Without a cache of bundles nothing can be fetched.
-    nothing: Any = None
+    # It has no cache of bundles: nothing can be fetched.
     task = DesiredTask("jobs/c/tasks/0", "c", 0, 1, 0, 1, 1, 1, "convert", b"", 1, 0, ())
-    clerk = TaskClerk(
-        task,
-        nothing,
-        nothing,
-        sender=nothing,
-        registry=jobs,
-        bundles=nothing,
-        processor="",
-        changed=lambda: None,
-    )
+    clerk = clerk_of(task, registry=jobs)
     with pytest.raises(ResourceExhausted, match="has 100 bytes, over 99"):
         await clerk.call("artifact", 0, 1, {"name": made.name, "most_bytes": 99})
     await channel.close()

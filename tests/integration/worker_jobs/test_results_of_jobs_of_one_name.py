@@ -3,7 +3,6 @@
 import base64
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,6 +12,7 @@ from penstock_kit.rpc import open_channel
 from penstock_worker.adapters.jobs.registry import JobRegistry
 from penstock_worker.adapters.jobs.services import TaskClerk
 from penstock_worker.domain.task import DesiredTask
+from support.clerks import clerk_of
 from support.registry_world import Registry, manifest
 
 FIRST, SECOND = 1_700_000_000_000_000_000, 1_700_000_100_000_000_000
@@ -51,17 +51,7 @@ def clerk(jobs: JobRegistry, made: int, attempt: int = 1) -> TaskClerk:
         (),
         made=made,
     )
-    nothing: Any = None
-    return TaskClerk(
-        task,
-        nothing,
-        nothing,
-        sender=nothing,
-        registry=jobs,
-        bundles=nothing,
-        processor="",
-        changed=lambda: None,
-    )
+    return clerk_of(task, registry=jobs)
 
 
 async def publish(clerk: TaskClerk, directory: Path) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from penstock_worker.adapters.jobs.rooms import JobRoom
 from penstock_worker.adapters.jobs.services import TaskClerk
 from penstock_worker.domain.checkpoint import Writing
 from penstock_worker.domain.task import DesiredTask
+from support.clerks import clerk_of
 
 SPEC = job_pb2.Job(name="jobs/j").SerializeToString()
 TASK = DesiredTask("jobs/j/tasks/0", "j", 0, 1, 0, 2, 2, 1, "train", SPEC, 1000, 0, ())
@@ -32,17 +33,7 @@ def room(tmp_path: Path) -> JobRoom:
 
 @pytest.fixture
 def clerk(room: JobRoom) -> TaskClerk:
-    nothing: Any = None
-    return TaskClerk(
-        TASK,
-        room,
-        nothing,
-        sender=nothing,
-        registry=nothing,
-        bundles=nothing,
-        processor="",
-        changed=lambda: None,
-    )
+    return clerk_of(TASK, room=room)
 
 
 async def test_ranks_that_ask_again_get_what_was_gathered_and_nobody_is_asked(

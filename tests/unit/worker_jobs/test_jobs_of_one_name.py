@@ -8,10 +8,10 @@ from typing import Any
 from penstock.registry.v1 import artifact_pb2
 from penstock.scheduler.v1 import job_pb2
 from penstock_worker.adapters.jobs.rooms import JobRoom, JobRooms
-from penstock_worker.adapters.jobs.services import TaskClerk
 from penstock_worker.adapters.scheduler_client import _desired_task
 from penstock_worker.domain.checkpoint import Writing
 from penstock_worker.domain.task import DesiredTask
+from support.clerks import clerk_of
 
 FIRST, SECOND = 1_700_000_000_000_000_000, 1_700_000_100_000_000_000
 
@@ -65,16 +65,7 @@ async def steps_of(made: int, directory: Path, *found: artifact_pb2.Artifact) ->
     room = JobRoom(directory / "fit" / "0", "fit", registry, nothing)
     spec = job_pb2.Job(name="jobs/fit").SerializeToString()
     task = DesiredTask("jobs/fit/tasks/0", "fit", 0, 1, 0, 1, 1, 1, "train", spec, 1, 0, (), made=made)
-    clerk = TaskClerk(
-        task,
-        room,
-        nothing,
-        sender=nothing,
-        registry=registry,
-        bundles=nothing,
-        processor="",
-        changed=lambda: None,
-    )
+    clerk = clerk_of(task, room=room, registry=registry)
     answer = await clerk.call("stored_parts", 0, 1, {"parts": 1, "optional": False})
     return sorted(step for step, _, _, _ in answer["parts"])
 
